@@ -1,0 +1,73 @@
+"""The sizes that keep the engine readable in an afternoon."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 60
+MAX_ENGINE_LINES = 8_000
+
+CODE_FOLDERS = ("tierkv", "kernels", "storage", "policies", "tests", "scripts", "benchmarks")
+ENGINE_FOLDERS = ("tierkv", "kernels", "storage", "policies")
+OUTSIDE_THE_ENGINE = ("tierkv/sim", "tierkv/server", "tierkv/cli")
+SOURCE_SUFFIXES = (".py", ".c", ".h", ".cu")
+
+
+def source_files(root: Path, folders: tuple[str, ...]) -> list[Path]:
+    """Source files below `folders`, each once: the links inside `tierkv/` are not followed."""
+    found = []
+    for folder in folders:
+        for path in sorted((root / folder).rglob("*")):
+            linked = any(parent.is_symlink() for parent in path.parents)
+            if path.suffix in SOURCE_SUFFIXES and path.is_file() and not linked:
+                found.append(path)
+    return found
+
+
+def num_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def functions(path: Path) -> Iterator[tuple[str, int]]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            yield f"{path}:{node.lineno} {node.name}", node.end_lineno - node.lineno + 1
+
+
+def test_files_are_short(repository: Path) -> None:
+    files = source_files(repository, CODE_FOLDERS)
+    assert len(files) > 20
+    too_long = {str(path): n for path in files if (n := num_lines(path)) > MAX_FILE_LINES}
+    assert not too_long, f"files over {MAX_FILE_LINES} lines: {too_long}"
+
+
+def test_functions_are_short(repository: Path) -> None:
+    files = [p for p in source_files(repository, CODE_FOLDERS) if p.suffix == ".py"]
+    sizes = dict(size for path in files for size in functions(path))
+    assert len(sizes) > 100
+    too_long = {name: n for name, n in sizes.items() if n > MAX_FUNCTION_LINES}
+    assert not too_long, f"functions over {MAX_FUNCTION_LINES} lines: {too_long}"
+
+
+def test_the_engine_is_small(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outside = tuple(repository / folder for folder in OUTSIDE_THE_ENGINE)
+    files = [
+        path
+        for path in source_files(repository, ENGINE_FOLDERS)
+        if not any(path.is_relative_to(folder) for folder in outside)
+    ]
+    total = sum(map(num_lines, files))
+    lengths = [n for path in files if path.suffix == ".py" for _, n in functions(path)]
+    with capsys.disabled():
+        print(
+            f"\nengine: {len(files)} files, {total:,} lines of {MAX_ENGINE_LINES:,};"
+            f" functions: median {statistics.median(lengths):g}, longest {max(lengths)} lines"
+        )
+    assert total < MAX_ENGINE_LINES
