@@ -1,0 +1,55 @@
+"""Counters and gauges of one engine, as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tierkv.types import FinishReason
+
+
+@dataclass(slots=True)
+class Metrics:
+    """Counters since the engine started.
+
+    Attributes:
+        steps: forward passes committed.
+        computed_tokens: tokens whose KV was computed, prompts and decode together.
+        generated_tokens: tokens sampled.
+        queried_tokens: prompt tokens of requests at their first admission.
+        hit_tokens: of those, tokens reused from the GPU pool.
+        recomputed_tokens: tokens computed anew because a preemption dropped them.
+        preemptions: times a running sequence was stopped for room.
+        finished: sequences that ended, by reason.
+    """
+
+    steps: int = 0
+    computed_tokens: int = 0
+    generated_tokens: int = 0
+    queried_tokens: int = 0
+    hit_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
+    finished: dict[FinishReason, int] = field(
+        default_factory=lambda: dict.fromkeys(FinishReason, 0)
+    )
+
+    def sequence_finished(self, reason: FinishReason) -> None:
+        self.finished[reason] += 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """Counters by name; `finished_stop`, `finished_length`, `finished_abort` are flat."""
+        counters = {
+            name: getattr(self, name)
+            for name in (
+                "steps",
+                "computed_tokens",
+                "generated_tokens",
+                "queried_tokens",
+                "hit_tokens",
+                "recomputed_tokens",
+                "preemptions",
+            )
+        }
+        counters |= {f"finished_{r.value}": count for r, count in self.finished.items()}
+        return counters
