@@ -1,0 +1,168 @@
+"""The GPU pool: the one tensor that holds every block the model may read."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tierkv.cache.layout import KVLayout
+from tierkv.config import EngineConfig, parse_bytes
+from tierkv.errors import ConfigError
+
+TORCH_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""KV dtypes the GPU pool can be made of."""
+
+_CPU_DEFAULT_BYTES = 4 << 30
+_CPU_DEFAULT_SHARE = 0.25
+
+
+class GpuPool:
+    """`[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`, zero when new.
+
+    On the CPU it is ordinary memory that takes physical pages only as blocks are written.
+
+    Attributes:
+        layout: what a block looks like.
+        tensor: the pool; `tensor[i]` is block i, one contiguous byte range.
+    """
+
+    def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device | str) -> None:
+        if num_blocks < 1:
+            fix = f"the pool needs at least one block of {layout.block_bytes} bytes"
+            raise ConfigError("num_gpu_blocks", num_blocks, fix)
+        self.layout = layout
+        self.tensor = _zeros((num_blocks, *layout.block_shape), layout.dtype, torch.device(device))
+        self._layers = [self.tensor[:, layer] for layer in range(layout.num_layers)]
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.tensor.shape[0])
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        return self.layout.block_bytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def layer(self, index: int) -> Tensor:
+        """One layer's view `[num_blocks, 2, num_kv_heads, block_size, head_dim]`, strided."""
+        return self._layers[index]
+
+
+def _zeros(shape: tuple[int, ...], dtype: str, device: torch.device) -> Tensor:
+    """Zeros that cost nothing until they are touched: `torch.zeros` would write every page."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=TORCH_DTYPES[dtype], device=device)
+    num_bytes = torch.Size(shape).numel() * TORCH_DTYPES[dtype].itemsize
+    try:
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        fix = f"the pool's {num_bytes} bytes cannot be mapped ({error}); ask for less"
+        raise ConfigError("kv_cache_memory", num_bytes, fix) from None
+    return torch.frombuffer(pages, dtype=TORCH_DTYPES[dtype]).view(shape)
+
+
+def num_pool_blocks(
+    config: EngineConfig, layout: KVLayout, device: torch.device, free_bytes: int | None = None
+) -> int:
+    """How many blocks the GPU pool gets.
+
+    Args:
+        config: `num_gpu_blocks`, else `kv_cache_memory`, else what the device leaves.
+        layout: bytes of a block.
+        device: where the pool will be.
+        free_bytes: on CUDA, what is left for KV after a profiling run (`free_cuda_bytes`); on the
+            CPU, memory available to this process, measured if None.
+
+    Raises:
+        ConfigError: not even one block fits, with the numbers.
+    """
+    if config.num_gpu_blocks is not None:
+        return config.num_gpu_blocks
+    if config.kv_cache_memory is not None:
+        option, budget = "kv_cache_memory", parse_bytes(config.kv_cache_memory, "kv_cache_memory")
+    elif device.type == "cpu":
+        available = available_memory() if free_bytes is None else free_bytes
+        option, budget = "kv_cache_memory", cpu_default_bytes(available)
+    else:
+        option, budget = "gpu_memory_utilization", free_bytes or 0
+    num_blocks = budget // layout.block_bytes
+    if num_blocks < 1:
+        fix = (
+            f"{budget} bytes hold no block of {layout.block_size} tokens "
+            f"({layout.block_bytes} bytes, {layout.bytes_per_token} per token); give more"
+        )
+        raise ConfigError(option, getattr(config, option), fix)
+    return num_blocks
+
+
+def cpu_default_bytes(available: int) -> int:
+    """The pool on a CPU when nothing was asked for: a quarter of what is free, 4 GiB at most."""
+    return min(_CPU_DEFAULT_BYTES, int(available * _CPU_DEFAULT_SHARE))
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes this process may still use: the least of the machine's and its cgroups' headroom."""
+    found = [_meminfo(root / "proc/meminfo")]
+    for limit, used in (
+        ("sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"),
+        (
+            "sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        found.append(_headroom(root / limit, root / used))
+    known = [size for size in found if size is not None]
+    return min(known) if known else _CPU_DEFAULT_BYTES
+
+
+def _meminfo(path: Path) -> int | None:
+    """`MemAvailable`, or None where the system has no such file."""
+    if not path.is_file():
+        return None
+    for line in path.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _headroom(limit: Path, used: Path) -> int | None:
+    """A cgroup's limit minus its use; None without a limit."""
+    if not limit.is_file() or not used.is_file():
+        return None
+    text = limit.read_text().strip()
+    if not text.isdigit():
+        return None
+    return max(0, int(text) - int(used.read_text()) + _reclaimable(limit.parent))
+
+
+def _reclaimable(group: Path) -> int:
+    """File pages of the cgroup that the kernel drops under pressure."""
+    stat = group / "memory.stat"
+    if not stat.is_file():
+        return 0
+    rows = (line.split() for line in stat.read_text().splitlines())
+    return sum(int(size) for name, size in rows if name == "inactive_file")
+
+
+def free_cuda_bytes(config: EngineConfig, device: torch.device) -> int:
+    """Bytes left for the pool: the chosen share of the GPU less the peak of a profiling run.
+
+    Call it after a forward pass of `max_num_batched_tokens` tokens; it resets the peak first
+    seen by the caller through `torch.cuda.reset_peak_memory_stats`.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    stats = torch.cuda.memory_stats(device)
+    peak = int(stats["allocated_bytes.all.peak"])
+    outside = total - free - int(stats["reserved_bytes.all.current"])
+    return int(total * config.gpu_memory_utilization) - peak - max(0, outside)

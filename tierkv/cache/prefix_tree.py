@@ -1,0 +1,190 @@
+"""The prefix tree: which full blocks are known, by key and by ancestry.
+
+A node is a `Block`. It stays while it has a copy in some tier, a pin, or a child; a node without
+a copy is a *ghost* that only keeps the path to its children (a window released it, say). Private
+blocks (tails that are not full yet) are `Block`s too, but not in the tree.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+
+from tierkv.cache.hashing import TOKEN_BYTES, root_key
+from tierkv.errors import InvariantError
+from tierkv.types import BlockKey, TierName
+
+_SCAN_CHILDREN = 8
+
+
+class Copy:
+    """A block's place in one tier; its state is written by `Residency` only."""
+
+    __slots__ = ("slot", "state")
+
+    def __init__(self, slot: int, state: object) -> None:
+        self.slot = slot
+        self.state = state
+
+
+class Block:
+    """A run of `block_size` tokens' KV, wherever its copies are.
+
+    Attributes:
+        key: content key of a full block, random id of a private one.
+        tokens: packed token ids (`hashing.pack_tokens`), empty while private.
+        depth: blocks before it; -1 for the root of a salt.
+        pins: how many sequences or copies in flight hold it.
+        copies: tier -> Copy; absent means EMPTY there.
+        in_tree: whether `PrefixTree` owns it.
+    """
+
+    __slots__ = (
+        "key",
+        "parent",
+        "children",
+        "sorted_children",
+        "tokens",
+        "depth",
+        "pins",
+        "copies",
+        "in_tree",
+    )
+
+    def __init__(self, key: BlockKey, depth: int) -> None:
+        self.key = key
+        self.parent: Block | None = None
+        self.children: dict[bytes, Block] = {}
+        self.sorted_children: list[bytes] | None = None
+        self.tokens = b""
+        self.depth = depth
+        self.pins = 0
+        self.copies: dict[TierName, Copy] = {}
+        self.in_tree = False
+
+
+class PrefixTree:
+    """Full blocks by key; one root per cache salt.
+
+    Args:
+        fingerprint: of the model; part of every key.
+        block_size: tokens per block.
+    """
+
+    def __init__(self, fingerprint: bytes, block_size: int) -> None:
+        self.block_size = block_size
+        self._fingerprint = fingerprint
+        self._index: dict[BlockKey, Block] = {}
+        self._roots: dict[str, Block] = {}
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self._index.values())
+
+    @property
+    def roots(self) -> list[Block]:
+        return list(self._roots.values())
+
+    def root_key(self, salt: str) -> BlockKey:
+        root = self._roots.get(salt)
+        return root.key if root is not None else root_key(self._fingerprint, salt)
+
+    def get(self, key: BlockKey) -> Block | None:
+        return self._index.get(key)
+
+    def root(self, salt: str) -> Block | None:
+        """The root under which this salt's first blocks hang, if there are any."""
+        return self._roots.get(salt)
+
+    def ensure_root(self, salt: str) -> Block:
+        root = self._roots.get(salt)
+        if root is None:
+            root = self._roots[salt] = Block(root_key(self._fingerprint, salt), -1)
+            root.in_tree = True
+        return root
+
+    def insert(self, block: Block, key: BlockKey, parent: Block, tokens: bytes) -> None:
+        """Make a private block public under `parent`; takes a ghost of the same key's place."""
+        ghost = self._index.get(key)
+        if ghost is not None:
+            self._replace(ghost, block)
+        block.key, block.tokens = key, tokens
+        block.parent, block.depth, block.in_tree = parent, parent.depth + 1, True
+        self._index[key] = block
+        if parent.sorted_children is not None and tokens not in parent.children:
+            insort(parent.sorted_children, tokens)
+        parent.children[tokens] = block
+
+    def insert_ghost(self, key: BlockKey, parent: Block, tokens: bytes) -> Block:
+        """A node without a copy, so that a block deeper down can be reached."""
+        block = Block(key, parent.depth + 1)
+        self.insert(block, key, parent, tokens)
+        return block
+
+    def _replace(self, ghost: Block, block: Block) -> None:
+        if ghost.copies or ghost.pins:
+            raise InvariantError(f"block {ghost.key.hex()} is in the tree twice")
+        block.children, block.sorted_children = ghost.children, ghost.sorted_children
+        for child in block.children.values():
+            child.parent = block
+        ghost.in_tree = False
+
+    def prune(self, block: Block) -> None:
+        """Drop the node, and then each ancestor, that nothing needs any more."""
+        node: Block | None = block
+        while node is not None and not (node.copies or node.pins or node.children):
+            parent = node.parent
+            self._unlink(node)
+            node = parent
+
+    def _unlink(self, node: Block) -> None:
+        node.in_tree = False
+        parent, node.parent = node.parent, None
+        if parent is None:
+            self._roots = {salt: root for salt, root in self._roots.items() if root is not node}
+            return
+        del self._index[node.key]
+        del parent.children[node.tokens]
+        if parent.sorted_children is not None:
+            del parent.sorted_children[bisect_left(parent.sorted_children, node.tokens)]
+
+    def best_partial(
+        self, parent: Block, tokens: bytes, tier: TierName
+    ) -> tuple[Block, int] | None:
+        """The child of `parent` in `tier` that shares the longest run of leading tokens.
+
+        Args:
+            tokens: packed ids of at most one block.
+
+        Returns:
+            The child and the number of shared tokens (at least 1), or None.
+        """
+        best: tuple[Block, int] | None = None
+        for child in self._near(parent, tokens):
+            if tier in child.copies:
+                shared = _common_tokens(child.tokens, tokens)
+                if shared > (best[1] if best else 0):
+                    best = (child, shared)
+        return best
+
+    def _near(self, parent: Block, tokens: bytes) -> list[Block]:
+        """Children among which the longest common prefix must be: its neighbours in order."""
+        if len(parent.children) <= _SCAN_CHILDREN:
+            return list(parent.children.values())
+        if parent.sorted_children is None:
+            parent.sorted_children = sorted(parent.children)
+        at = bisect_left(parent.sorted_children, tokens)
+        near = parent.sorted_children[max(0, at - _SCAN_CHILDREN // 2) : at + _SCAN_CHILDREN // 2]
+        return [parent.children[packed] for packed in near]
+
+
+def _common_tokens(a: bytes, b: bytes) -> int:
+    """How many leading tokens two packed runs share."""
+    size = min(len(a), len(b))
+    if a[:size] == b[:size]:
+        return size // TOKEN_BYTES
+    difference = int.from_bytes(a[:size], "big") ^ int.from_bytes(b[:size], "big")
+    equal_bits = size * 8 - difference.bit_length()
+    return equal_bits // (8 * TOKEN_BYTES)
