@@ -1,0 +1,84 @@
+"""Builds an engine around a model: load it, size the pool, check that both agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+from tierkv.cache.layout import KVLayout
+from tierkv.cache.pools import GpuPool, num_pool_blocks
+from tierkv.config import EngineConfig
+from tierkv.engine.core import EngineCore, EngineInfo, MonotonicClock
+from tierkv.engine.sampler import TorchSampler
+from tierkv.errors import ConfigError
+from tierkv.model.loaded import LoadedModel, dtype_name
+from tierkv.model.loader import load_model
+from tierkv.model.runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+def build_engine(config: EngineConfig) -> EngineCore:
+    """Load `config.model` and put an engine around it.
+
+    Raises:
+        ConfigError: an option that cannot be met, with the numbers.
+        UnsupportedModelError: a model that cannot be served exactly.
+    """
+    loaded = load_model(config)
+    layout = loaded.layout(config.block_size)
+    num_blocks = num_pool_blocks(config, layout, loaded.device)
+    window = common_window(layout)
+    config = dataclasses.replace(config, max_num_seqs=min(config.max_num_seqs, num_blocks))
+    info = EngineInfo(
+        model=config.model,
+        tokenizer=loaded.tokenizer_path,
+        max_model_len=_max_model_len(config, loaded, num_blocks, window),
+        vocab_size=loaded.vocab_size,
+        eos_token_ids=sorted(loaded.eos_token_ids),
+        num_gpu_blocks=num_blocks,
+        block_size=config.block_size,
+        dtype=dtype_name(loaded.dtype),
+        device=loaded.device.type,
+        fingerprint=loaded.fingerprint,
+        window=window,
+    )
+    pool = GpuPool(layout, num_blocks, loaded.device)
+    _log_start(info, layout)
+    runner = ModelRunner(loaded, pool)
+    return EngineCore(config, info, runner, TorchSampler(config.seed), MonotonicClock())
+
+
+def common_window(layout: KVLayout) -> int | None:
+    """How far back any layer looks when every layer has a sliding window, else None."""
+    windows = [window for window in layout.windows if window is not None]
+    return max(windows) if windows and len(windows) == layout.num_layers else None
+
+
+def _max_model_len(
+    config: EngineConfig, loaded: LoadedModel, num_blocks: int, window: int | None
+) -> int:
+    """What was asked for, or the model's own limit as far as the pool allows."""
+    if config.max_model_len is None:
+        room = num_blocks * config.block_size + 1  # the last token needs no KV
+        return loaded.max_model_len if window is not None else min(loaded.max_model_len, room)
+    if config.max_model_len > loaded.max_model_len:
+        fix = f"the model's positions end at {loaded.max_model_len}; ask for at most that"
+        raise ConfigError("max_model_len", config.max_model_len, fix)
+    return config.max_model_len
+
+
+def _log_start(info: EngineInfo, layout: KVLayout) -> None:
+    tokens = info.num_gpu_blocks * info.block_size
+    size = info.num_gpu_blocks * layout.block_bytes / 2**30
+    logger.info(
+        "%s in %s on %s: %d KV blocks of %d tokens (%.2f GiB, %d tokens), max_model_len %d",
+        info.model,
+        info.dtype,
+        info.device,
+        info.num_gpu_blocks,
+        info.block_size,
+        size,
+        tokens,
+        info.max_model_len,
+    )

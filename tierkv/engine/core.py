@@ -1,0 +1,249 @@
+"""The engine: requests in, token ids out, one step at a time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from tierkv.cache.check import check_cache
+from tierkv.cache.tiered_cache import TieredCache
+from tierkv.config import EngineConfig
+from tierkv.engine.outputs import SequenceOutput
+from tierkv.engine.request import Request, SeqState, Sequence
+from tierkv.engine.sampling_params import SamplingParams
+from tierkv.engine.scheduler import Scheduler
+from tierkv.errors import ConfigError, RequestError
+from tierkv.metrics import Metrics
+from tierkv.policies import registry
+from tierkv.protocols import Clock, Executor, Sampler
+from tierkv.types import FinishReason
+
+
+@dataclass(slots=True)
+class EngineRequest:
+    """A request as it crosses the process border. See `Request` for the fields."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str = ""
+    is_stepped: bool = False
+
+
+@dataclass(slots=True)
+class EngineInfo:
+    """What the front end needs to know of a loaded engine."""
+
+    model: str
+    tokenizer: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    num_gpu_blocks: int
+    block_size: int
+    dtype: str
+    device: str
+    fingerprint: bytes = b""
+    window: int | None = None
+
+
+class MonotonicClock:
+    """Real time."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+
+class EngineCore:
+    """Owns the scheduler and the cache; drives executor and sampler.
+
+    Args:
+        config: engine options.
+        info: facts of the loaded model and its pool.
+        executor, sampler, clock: the seams of `tierkv.protocols`.
+
+    Raises:
+        ConfigError: a policy that does not exist.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        info: EngineInfo,
+        executor: Executor,
+        sampler: Sampler,
+        clock: Clock,
+    ) -> None:
+        self.info = info
+        self._executor, self._sampler, self._clock = executor, sampler, clock
+        self._metrics = Metrics()
+        self.cache = TieredCache(
+            info.num_gpu_blocks,
+            info.block_size,
+            _policy("eviction", "eviction_policy", config.eviction_policy),
+            clock,
+            fingerprint=info.fingerprint,
+            enable_prefix_caching=config.enable_prefix_caching,
+            window=info.window,
+        )
+        self.scheduler = Scheduler(
+            self.cache,
+            _policy("order", "scheduling_policy", config.scheduling_policy),
+            _policy("victim", "preemption_victim", config.preemption_victim),
+            clock,
+            self._metrics,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+        )
+        self._outbox: list[SequenceOutput] = []
+        self._stepped: dict[int, Sequence] = {}
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> EngineCore:
+        """Load the model that the config names and build an engine around it."""
+        from tierkv.engine.build import build_engine  # torch enters here
+
+        return build_engine(config)
+
+    # ------------------------------------------------------------------ the step
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._outbox) or self.scheduler.has_work
+
+    def step(self) -> list[SequenceOutput]:
+        """Plan, run, sample, commit; returns news of every sequence that has any."""
+        plan = self.scheduler.plan()
+        outputs: list[SequenceOutput] = []
+        if not plan.is_empty:
+            logits = self._executor.run(plan)
+            results = self._sampler.sample(logits, plan)
+            outputs = self.scheduler.commit(plan, results)
+        self._forget_finished()
+        outputs, self._outbox = self._outbox + outputs, []
+        return outputs
+
+    def _forget_finished(self) -> None:
+        for seq in self.scheduler.take_finished():
+            self._executor.forget(seq.seq_id)
+            self._sampler.forget(seq.seq_id)
+            self._stepped.pop(seq.seq_id, None)
+
+    # ------------------------------------------------------------------ requests
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Check and queue a request.
+
+        Raises:
+            RequestError: bad prompt or id; CapacityError: it could never fit.
+        """
+        self._check_prompt(request.prompt_token_ids)
+        live = Request(
+            request.request_id,
+            request.prompt_token_ids,
+            request.params,
+            max_tokens=self._max_tokens(request),
+            arrival_s=self._clock.now(),
+            priority=request.priority,
+            cache_salt=request.cache_salt,
+            eos_token_ids=frozenset(self.info.eos_token_ids),
+            is_stepped=request.is_stepped,
+        )
+        self.scheduler.add(live)
+        if request.is_stepped:
+            self._stepped[live.sequences[0].seq_id] = live.sequences[0]
+
+    def _check_prompt(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            raise RequestError("prompt", "", "must hold at least one token")
+        limit = self.info.vocab_size
+        if min(token_ids) < 0 or max(token_ids) >= limit:
+            bad = next(t for t in token_ids if not 0 <= t < limit)
+            raise RequestError("prompt_token_ids", bad, f"token ids must be in [0, {limit})")
+        if len(token_ids) >= self.info.max_model_len:
+            raise RequestError(
+                "prompt",
+                f"<{len(token_ids)} tokens>",
+                f"must leave room for output within max_model_len={self.info.max_model_len}: "
+                "shorten it or raise max_model_len",
+            )
+
+    def _max_tokens(self, request: EngineRequest) -> int:
+        room = self.info.max_model_len - len(request.prompt_token_ids)
+        asked = request.params.max_tokens
+        return room if asked is None else min(asked, room)
+
+    def abort(self, request_ids: list[str]) -> None:
+        """End requests now; blocks are free on return, outputs follow with the next step."""
+        for request_id in request_ids:
+            for seq in self.scheduler.finish_request(request_id, FinishReason.ABORT):
+                self._outbox.append(self.scheduler.final_output(seq))
+        self._forget_finished()
+
+    def stop_sequence(self, request_id: str, index: int) -> None:
+        """The front end saw a stop string: end that sequence, without further output."""
+        request = self.scheduler.requests.get(request_id)
+        for seq in request.sequences if request else []:
+            if seq.index == index and seq.state is not SeqState.FINISHED:
+                self.scheduler.finish_sequence(seq, FinishReason.STOP)
+        self._forget_finished()
+
+    # ------------------------------------------------------------------ stepped requests
+
+    def advance(self, seq_id: int, token_id: int) -> None:
+        """Continue a stepped sequence with the caller's token."""
+        self.scheduler.advance(self._stepped_sequence(seq_id), token_id)
+
+    def fork(self, seq_id: int, token_id: int) -> int:
+        """A new sequence that shares all blocks of `seq_id` and continues with `token_id`."""
+        child = self.scheduler.fork(self._stepped_sequence(seq_id), token_id)
+        self._stepped[child.seq_id] = child
+        return child.seq_id
+
+    def drop(self, seq_id: int) -> None:
+        """End one sequence of a stepped request."""
+        self.scheduler.finish_sequence(self._stepped_sequence(seq_id), FinishReason.STOP)
+        self._forget_finished()
+
+    def _stepped_sequence(self, seq_id: int) -> Sequence:
+        if seq_id not in self._stepped:
+            raise RequestError("seq_id", seq_id, "is not a live sequence of a stepped request")
+        return self._stepped[seq_id]
+
+    # ------------------------------------------------------------------ state
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached blocks; False, and nothing happens, while sequences hold blocks."""
+        return self.cache.reset()
+
+    def check(self) -> None:
+        """Verify every conservation law; for tests and for idle moments."""
+        check_cache(self.cache, list(self.scheduler.running.values()))
+
+    def metrics(self) -> dict[str, Any]:
+        """Counters since the start, and gauges of now, as a plain dict."""
+        cache = self.cache
+        empty = cache.residency.tiers[next(iter(cache.residency.tiers))].num_empty
+        return self._metrics.as_dict() | {
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "gpu_blocks": cache.num_blocks,
+            "gpu_blocks_free": empty,
+            "gpu_blocks_cached": cache.num_evictable,
+            "gpu_blocks_used": cache.num_blocks - empty - cache.num_evictable,
+            "gpu_blocks_evicted": cache.num_evicted,
+        }
+
+    def close(self) -> None:
+        """End all requests and let the model go."""
+        self.abort(list(self.scheduler.requests))
+        self._outbox.clear()
+
+
+def _policy(kind: str, option: str, spec: str) -> Any:
+    try:
+        return registry.create(kind, spec)
+    except ValueError as error:
+        raise ConfigError(option, spec, str(error)) from None

@@ -1,0 +1,199 @@
+"""A request and its sequences: what they are made of, and the states a sequence may take."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+from tierkv.errors import InvariantError
+from tierkv.types import BlockKey, FinishReason
+
+if TYPE_CHECKING:
+    from tierkv.cache.prefix_tree import Block
+    from tierkv.engine.sampling_params import SamplingParams
+
+
+class SeqState(enum.Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"  # holds no block, in the queue
+    LOADING = "loading"  # blocks on their way up from a lower tier
+    RUNNING = "running"  # holds blocks, part of steps
+    SWAPPING = "swapping"  # private tail on its way down
+    SWAPPED = "swapped"  # private tail in a lower tier
+    FINISHED = "finished"
+
+
+TRANSITIONS: dict[SeqState, frozenset[SeqState]] = {
+    SeqState.WAITING: frozenset({SeqState.LOADING, SeqState.RUNNING, SeqState.FINISHED}),
+    SeqState.LOADING: frozenset({SeqState.RUNNING, SeqState.WAITING, SeqState.FINISHED}),
+    SeqState.RUNNING: frozenset({SeqState.SWAPPING, SeqState.WAITING, SeqState.FINISHED}),
+    SeqState.SWAPPING: frozenset({SeqState.SWAPPED, SeqState.WAITING, SeqState.FINISHED}),
+    SeqState.SWAPPED: frozenset({SeqState.LOADING, SeqState.WAITING, SeqState.FINISHED}),
+    SeqState.FINISHED: frozenset(),
+}
+
+
+class Request:
+    """One API call: a prompt, how to sample it, and the sequences that answer it.
+
+    Attributes:
+        request_id: chosen by the caller, unique among live requests.
+        prompt_token_ids: at least one token.
+        params: checked sampling parameters.
+        priority: lower runs first under the `priority` order (as in vLLM).
+        arrival_s: the engine clock when it was added.
+        cache_salt: requests share cached blocks only within one salt.
+        eos_token_ids: tokens that end a sequence unless `params.ignore_eos`.
+        is_stepped: the caller chooses every token (beam search): a sequence stops after each
+            step until it is advanced or forked.
+    """
+
+    __slots__ = (
+        "request_id",
+        "prompt_token_ids",
+        "params",
+        "priority",
+        "arrival_s",
+        "cache_salt",
+        "eos_token_ids",
+        "stop_token_ids",
+        "max_tokens",
+        "is_stepped",
+        "sequences",
+        "num_cached_tokens",
+        "first_scheduled_s",
+        "first_token_s",
+        "num_preemptions",
+        "num_prompt_logprobs",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        max_tokens: int,
+        arrival_s: float = 0.0,
+        priority: int = 0,
+        cache_salt: str = "",
+        eos_token_ids: frozenset[int] = frozenset(),
+        is_stepped: bool = False,
+    ) -> None:
+        self.request_id = request_id
+        self.prompt_token_ids = prompt_token_ids
+        self.params = params
+        self.priority = priority
+        self.arrival_s = arrival_s
+        self.cache_salt = cache_salt
+        self.eos_token_ids = frozenset() if params.ignore_eos else eos_token_ids
+        self.stop_token_ids = self.eos_token_ids | frozenset(params.stop_token_ids)
+        self.max_tokens = max_tokens
+        self.is_stepped = is_stepped
+        self.sequences: list[Sequence] = []
+        self.num_cached_tokens: int | None = None
+        self.first_scheduled_s: float | None = None
+        self.first_token_s: float | None = None
+        self.num_preemptions = 0
+        self.num_prompt_logprobs = 0
+
+    @property
+    def is_finished(self) -> bool:
+        return all(seq.state is SeqState.FINISHED for seq in self.sequences)
+
+
+class Sequence:
+    """One token stream of a request.
+
+    Token counts, always: `num_computed <= len(token_ids) + num_inflight`.
+
+    Attributes:
+        token_ids: prompt and generated tokens whose values are known.
+        num_prompt_tokens: how many of them are the prompt's.
+        num_computed: tokens whose KV is in the pool, or will be once the planned steps ran.
+        num_inflight: tokens planned to be sampled whose values `commit` has not supplied yet.
+        blocks: logical blocks, None behind a sliding window; `block_table` their GPU slots.
+        block_keys: keys of the full blocks of `token_ids`, filled on demand.
+        table_version: changes whenever an existing entry of `block_table` does (not on append).
+        epoch: counts preemptions; a planned row of an older epoch is stale.
+        waits_for: key of a block that another sequence was computing at the last look.
+        is_paused: a stepped sequence whose next token its caller has not chosen yet.
+    """
+
+    __slots__ = (
+        "seq_id",
+        "request",
+        "index",
+        "token_ids",
+        "num_prompt_tokens",
+        "num_computed",
+        "num_sealed",
+        "num_inflight",
+        "state",
+        "finish_reason",
+        "stop_reason",
+        "blocks",
+        "block_table",
+        "block_keys",
+        "num_released",
+        "table_version",
+        "epoch",
+        "is_paused",
+        "waits_for",
+        "scheduled_order",
+    )
+
+    def __init__(self, seq_id: int, request: Request, index: int, token_ids: list[int]) -> None:
+        self.seq_id = seq_id
+        self.request = request
+        self.index = index
+        self.token_ids = token_ids
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_computed = 0
+        self.num_sealed = 0
+        self.num_inflight = 0
+        self.state = SeqState.WAITING
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.blocks: list[Block | None] = []
+        self.block_table: list[int] = []
+        self.block_keys: list[BlockKey] = []
+        self.num_released = 0
+        self.table_version = 0
+        self.epoch = 0
+        self.is_paused = False
+        self.waits_for: BlockKey | None = None
+        self.scheduled_order = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens including those still in flight."""
+        return len(self.token_ids) + self.num_inflight
+
+    @property
+    def cache_salt(self) -> str:
+        return self.request.cache_salt
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens whose KV is still to be computed before the next sample; 0 when there is none."""
+        remaining = len(self.token_ids) + self.num_inflight - self.num_computed
+        if self.num_inflight:
+            generated = len(self.token_ids) + self.num_inflight - self.num_prompt_tokens
+            return 0 if generated >= self.request.max_tokens else remaining
+        return remaining
+
+    def move_to(self, state: SeqState) -> None:
+        """The only writer of `state`."""
+        if state not in TRANSITIONS[self.state]:
+            raise InvariantError(f"sequence {self.seq_id}: {self.state.name} -> {state.name}")
+        self.state = state

@@ -1,0 +1,510 @@
+"""The scheduler: who computes what in the next step. It touches no tensor and no file.
+
+`plan` makes room first (preempting if it must), then gives every decoding sequence its token,
+then continues prompts in chunks, then admits waiting sequences; all under one token budget.
+`commit` takes the sampled tokens, seals full blocks, and ends or forks sequences. `plan` only
+advances counts, so `commit` of one step may follow `plan` of the next.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import insort
+from collections.abc import Iterable
+
+from tierkv.cache.tiered_cache import CopyBatch, Lookup, Match, TieredCache
+from tierkv.engine.outputs import RequestMetrics, SequenceOutput
+from tierkv.engine.plan import Plan, PlanRow
+from tierkv.engine.request import Request, SeqState, Sequence
+from tierkv.errors import CapacityError, InvariantError, RequestError
+from tierkv.metrics import Metrics
+from tierkv.policies.order import OrderPolicy, Rank, WaitingView
+from tierkv.policies.victim import RunningView, VictimPolicy
+from tierkv.protocols import Clock
+from tierkv.types import FinishReason, PositionLogprobs, RowResult, SampledToken
+
+_WATERMARK = 0.01  # share of the pool left free when admitting beside running sequences
+_MAX_RANKED = 256  # waiting sequences that are ranked anew each step; beyond, by arrival
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill over a `TieredCache`.
+
+    Args:
+        cache: owns blocks; the scheduler is its only user.
+        order: admission order of waiting sequences.
+        victim: whom to preempt.
+        clock: engine time.
+        metrics: counters to keep.
+        max_num_seqs: sequences running at once.
+        max_num_batched_tokens: tokens in one step.
+    """
+
+    def __init__(
+        self,
+        cache: TieredCache,
+        order: OrderPolicy,
+        victim: VictimPolicy,
+        clock: Clock,
+        metrics: Metrics,
+        *,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+    ) -> None:
+        self.cache = cache
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self.metrics = metrics
+        self.running: dict[int, Sequence] = {}
+        self.waiting: list[tuple[Rank, int, Sequence]] = []
+        self.requests: dict[str, Request] = {}
+        self._order = order
+        self._victim = victim
+        self._clock = clock
+        self._seq_ids = itertools.count()
+        self._admissions = itertools.count(1)
+        self._finished: list[Sequence] = []
+        self._copies: dict[int, CopyBatch] = {}
+        self._num_in_flight = 0
+        self._reserve = int(cache.num_blocks * _WATERMARK)
+
+    # ------------------------------------------------------------------ requests
+
+    @property
+    def has_work(self) -> bool:
+        """Something could be planned now or once another sequence moves on."""
+        return any(not seq.is_paused for _, _, seq in self.waiting) or any(
+            seq.num_to_compute or seq.num_inflight for seq in self.running.values()
+        )
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: its id is in use, or `n` exceeds `max_num_seqs`.
+            CapacityError: it could not even run alone; says how much it needs.
+        """
+        if request.request_id in self.requests:
+            raise RequestError("request_id", request.request_id, "is in use by a live request")
+        if request.params.n > self.max_num_seqs:
+            raise RequestError("n", request.params.n, f"must be at most {self.max_num_seqs}")
+        self._check_capacity(request)
+        seq = Sequence(next(self._seq_ids), request, 0, list(request.prompt_token_ids))
+        request.sequences.append(seq)
+        self.requests[request.request_id] = request
+        self._enqueue(seq)
+
+    def _check_capacity(self, request: Request) -> None:
+        prompt = len(request.prompt_token_ids)
+        total = prompt + request.max_tokens
+        # The last sampled token is never fed back, so its KV needs no room.
+        need = self.cache.blocks_to_hold(total - 1, self.max_num_batched_tokens)
+        if need > self.cache.num_blocks:
+            raise CapacityError(
+                "max_tokens",
+                request.max_tokens,
+                f"prompt ({prompt}) + max_tokens need {need} KV blocks of "
+                f"{self.cache.block_size} tokens, the pool has {self.cache.num_blocks}: shorten "
+                "the prompt, lower max_tokens, or give the pool more memory",
+            )
+
+    def finish_request(self, request_id: str, reason: FinishReason) -> list[Sequence]:
+        """End all live sequences of a request at once; returns them. Unknown ids end nothing."""
+        request = self.requests.get(request_id)
+        live = [s for s in request.sequences if s.state is not SeqState.FINISHED] if request else []
+        for seq in live:
+            self.finish_sequence(seq, reason)
+        return live
+
+    def finish_sequence(self, seq: Sequence, reason: FinishReason) -> None:
+        """End one sequence and free what it holds."""
+        if seq.state is SeqState.WAITING:
+            self.waiting = [item for item in self.waiting if item[2] is not seq]
+        self.running.pop(seq.seq_id, None)
+        self.cache.release(seq)
+        seq.finish_reason = reason
+        seq.move_to(SeqState.FINISHED)
+        self._finished.append(seq)
+        self.metrics.sequence_finished(reason)
+        request = seq.request
+        if request.is_finished:
+            del self.requests[request.request_id]
+
+    def take_finished(self) -> list[Sequence]:
+        """Sequences that ended since the last call, for others to forget."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    # ------------------------------------------------------------------ plan
+
+    def plan(self) -> Plan:
+        """Decide the next step; advances the counts of every sequence in it."""
+        plan = Plan()
+        self._make_room()
+        prefills = self._plan_decodes(plan)
+        for seq in prefills:
+            self._plan_chunk(plan, seq)
+        self._admit(plan)
+        if plan.is_empty and not self._num_in_flight and self._is_stuck():
+            raise InvariantError("sequences are runnable but none can be planned")
+        self._num_in_flight += 0 if plan.is_empty else 1
+        batch = self.cache.take_copies()
+        if batch.copies:
+            plan.copies = batch.copies
+            self._copies[id(plan)] = batch
+        return plan
+
+    def _is_stuck(self) -> bool:
+        return any(seq.num_to_compute for seq in self.running.values())
+
+    def _make_room(self) -> None:
+        """Preempt until every decoding sequence can get its block, and someone can progress."""
+        if self.cache.num_available >= len(self.running):
+            return  # a step asks for at most one block for each
+        while len(self.running) > 1:
+            need = can_progress = 0
+            for seq in self.running.values():
+                remaining = seq.num_to_compute
+                if remaining:
+                    blocks = self.cache.blocks_to_grow(seq, seq.num_computed + 1)
+                    need += blocks if remaining == 1 else 0
+                    can_progress += remaining == 1 or blocks <= self.cache.num_available
+            available = self.cache.num_available
+            if need <= available and (can_progress or not self._is_stuck()):
+                return
+            self._preempt(self._choose_victim())
+
+    def _choose_victim(self) -> Sequence:
+        """By policy, among all but the sequence admitted first."""
+        oldest = min(self.running.values(), key=lambda s: s.scheduled_order)
+        views = [_running_view(s) for s in self.running.values() if s is not oldest]
+        return self.running[self._victim.choose(views)]
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the queue; its full blocks stay in the cache as long as there is room."""
+        del self.running[seq.seq_id]
+        self.cache.release(seq)
+        seq.epoch += 1
+        seq.request.num_preemptions += 1
+        seq.move_to(SeqState.WAITING)
+        self._enqueue(seq)
+        self.metrics.preemptions += 1
+
+    def _plan_decodes(self, plan: Plan) -> list[Sequence]:
+        """A row for each sequence with one token to compute; returns those with more."""
+        prefills: list[Sequence] = []
+        cache = self.cache
+        for seq in self.running.values():
+            start = seq.num_computed
+            remaining = seq.num_to_compute
+            if remaining > 1:
+                prefills.append(seq)
+            elif remaining == 1 and plan.num_tokens < self.max_num_batched_tokens:
+                need = cache.blocks_to_grow(seq, start + 1)
+                if need > cache.num_available:
+                    continue  # a step in flight still holds what this one waits for
+                if need:
+                    cache.grow(seq, start + 1)
+                self._add_row(plan, seq, 1)
+        return prefills
+
+    def _plan_chunk(self, plan: Plan, seq: Sequence) -> None:
+        """As much of the prompt as budget and pool allow; maybe nothing."""
+        budget = self.max_num_batched_tokens - plan.num_tokens
+        size = min(seq.num_tokens - seq.num_computed, budget)
+        size = self._fit_chunk(seq, size)
+        if size > 0:
+            self.cache.grow(seq, seq.num_computed + size)
+            self._add_row(plan, seq, size)
+
+    def _fit_chunk(self, seq: Sequence, size: int) -> int:
+        """The largest chunk of at most `size` tokens for which there are blocks."""
+        if size <= 0 or self.cache.blocks_to_grow(seq, seq.num_computed + 1) > (
+            self.cache.num_available
+        ):
+            return 0
+        missing = self.cache.blocks_to_grow(seq, seq.num_computed + size)
+        missing -= self.cache.num_available
+        if missing <= 0:
+            return size
+        end = (self.cache.blocks_for(seq.num_computed + size) - missing) * self.cache.block_size
+        return max(0, end - seq.num_computed)
+
+    def _add_row(self, plan: Plan, seq: Sequence, size: int) -> None:
+        request, start = seq.request, seq.num_computed
+        ends = start + size == len(seq.token_ids) + seq.num_inflight
+        num_samples = 0
+        if ends:
+            num_samples = request.params.n if self._forks_next(seq) else 1
+            seq.num_inflight += 0 if request.is_stepped else 1
+            seq.is_paused = request.is_stepped
+        num_logit_rows = 1 if ends else 0
+        if request.params.prompt_logprobs is not None and (
+            request.num_prompt_logprobs < min(start + size, seq.num_prompt_tokens - 1)
+        ):
+            num_logit_rows = size
+        plan.rows.append(PlanRow(seq, start, size, num_samples, num_logit_rows))
+        plan.num_tokens += size
+        seq.num_computed = start + size
+
+    def _forks_next(self, seq: Sequence) -> bool:
+        request = seq.request
+        return (
+            request.params.n > 1
+            and len(request.sequences) == 1
+            and (seq.num_tokens == seq.num_prompt_tokens)
+        )
+
+    # ------------------------------------------------------------------ admit
+
+    def _admit(self, plan: Plan) -> None:
+        """Admit waiting sequences in order until one does not fit."""
+        if not self.waiting or len(self.running) >= self.max_num_seqs:
+            return
+        if self._order.uses_match and len(self.waiting) <= _MAX_RANKED:
+            self._rank_again()
+        slots = self.max_num_seqs - self._num_promised()
+        for _, _, seq in self.waiting:
+            if plan.num_tokens >= self.max_num_batched_tokens or slots < self._num_future(seq):
+                break
+            if not self._is_admissible(seq):
+                continue
+            match = self.cache.lookup(seq, use_cache=seq.request.params.prompt_logprobs is None)
+            if match.next is Lookup.PENDING:
+                seq.waits_for = seq.block_keys[len(match.blocks)]
+                continue
+            if not self._try_admit(seq, match):
+                break
+            slots -= self._num_future(seq)
+            self._plan_chunk(plan, seq)
+        self.waiting = [item for item in self.waiting if item[2].state is SeqState.WAITING]
+
+    def _is_admissible(self, seq: Sequence) -> bool:
+        """Not undecided, and not waiting for a block that another is still computing."""
+        if seq.is_paused or seq.num_inflight:
+            return False
+        return seq.waits_for is None or not self.cache.is_computing(seq, seq.waits_for)
+
+    def _num_promised(self) -> int:
+        """Running sequences, counting parallel samples that are still to be forked."""
+        return sum(self._num_future(seq) for seq in self.running.values())
+
+    def _num_future(self, seq: Sequence) -> int:
+        return seq.request.params.n if self._forks_next(seq) else 1
+
+    def _try_admit(self, seq: Sequence, match: Match) -> bool:
+        """Acquire the match if the whole sequence fits beside what running prompts still need."""
+        tokens = seq.num_tokens
+        spare = self.cache.num_available
+        if self.running:
+            spare -= self._outstanding() + self._reserve
+        chunk = self.max_num_batched_tokens
+        if self.cache.blocks_to_acquire(match, tokens, chunk) > spare:
+            match = Match(match.blocks, len(match.blocks) * self.cache.block_size)
+            if self.cache.blocks_to_acquire(match, tokens, chunk) > spare:
+                return False
+        self.cache.acquire(seq, match)
+        seq.move_to(SeqState.RUNNING)
+        seq.scheduled_order = next(self._admissions)
+        self.running[seq.seq_id] = seq
+        self._note_admission(seq, match)
+        return True
+
+    def _outstanding(self) -> int:
+        """Blocks that running prompts will still ask for."""
+        return sum(
+            self.cache.blocks_to_grow(seq, seq.num_tokens)
+            for seq in self.running.values()
+            if seq.num_to_compute
+        )
+
+    def _note_admission(self, seq: Sequence, match: Match) -> None:
+        request = seq.request
+        if request.first_scheduled_s is None:
+            request.first_scheduled_s = self._clock.now()
+            request.num_cached_tokens = min(match.num_tokens, seq.num_prompt_tokens)
+            self.metrics.queried_tokens += seq.num_prompt_tokens
+            self.metrics.hit_tokens += request.num_cached_tokens
+        else:
+            self.metrics.recomputed_tokens += seq.num_tokens - match.num_tokens
+
+    def _enqueue(self, seq: Sequence) -> None:
+        rank = self._order.rank(self._waiting_view(seq, 0))
+        insort(self.waiting, (rank, seq.seq_id, seq), key=lambda item: item[:2])
+
+    def _rank_again(self) -> None:
+        ranked = [
+            (
+                self._order.rank(self._waiting_view(seq, self.cache.lookup(seq).num_tokens)),
+                seq_id,
+                seq,
+            )
+            for _, seq_id, seq in self.waiting
+        ]
+        self.waiting = sorted(ranked, key=lambda item: item[:2])
+
+    def _waiting_view(self, seq: Sequence, num_matched: int) -> WaitingView:
+        request = seq.request
+        return WaitingView(
+            request.arrival_s, seq.seq_id, request.priority, seq.num_tokens, num_matched
+        )
+
+    # ------------------------------------------------------------------ commit
+
+    def commit(self, plan: Plan, results: Iterable[RowResult]) -> list[SequenceOutput]:
+        """Take the step's tokens; returns news for every sequence that has any."""
+        self._num_in_flight -= 1
+        copies = self._copies.pop(id(plan), None)
+        if copies is not None:
+            self.cache.finish_copies(copies)
+        outputs: list[SequenceOutput] = []
+        block_size, window = self.cache.block_size, self.cache.window
+        for row, result in zip(plan.rows, results, strict=True):
+            seq = row.seq
+            if seq.state is SeqState.FINISHED:
+                continue
+            end = row.start + row.num_tokens
+            if row.epoch == seq.epoch and (
+                end // block_size > seq.num_sealed or window is not None
+            ):
+                self.cache.seal(seq, end)
+            if result.samples or result.prompt_logprobs:
+                outputs.extend(self._commit_row(seq, row, result))
+        self.metrics.steps += 1
+        self.metrics.computed_tokens += plan.num_tokens
+        return outputs
+
+    def _commit_row(self, seq: Sequence, row: PlanRow, result: RowResult) -> list[SequenceOutput]:
+        if seq.request.is_stepped and result.samples:
+            return [_candidates(seq, result)]
+        prompt_logprobs = _fresh_prompt_logprobs(row, result)
+        if not result.samples:
+            output = _news(seq, [])
+            output.prompt_logprobs = prompt_logprobs
+            return [output]
+        computed = row.start + row.num_tokens if row.epoch == seq.epoch else 0
+        children = [self._fork(seq, computed) for _ in result.samples[1:]]
+        seq.num_inflight -= 1
+        outputs = [self._append(seq, result.samples[0])]
+        outputs.extend(
+            self._append(child, sample)
+            for child, sample in zip(children, result.samples[1:], strict=True)
+        )
+        outputs[0].prompt_logprobs = prompt_logprobs or None
+        return outputs
+
+    def _append(self, seq: Sequence, sample: SampledToken) -> SequenceOutput:
+        token, request = sample.token_id, seq.request
+        seq.token_ids.append(token)
+        output = _news(seq, [token])
+        if sample.logprobs is not None:
+            output.logprobs = [sample.logprobs]
+        self.metrics.generated_tokens += 1
+        generated = len(seq.token_ids) - seq.num_prompt_tokens
+        if request.first_token_s is None:
+            request.first_token_s = self._clock.now()
+        if token in request.stop_token_ids and generated >= request.params.min_tokens:
+            seq.stop_reason = None if token in request.eos_token_ids else token
+            self._finish_with(seq, FinishReason.STOP, output)
+        elif generated >= request.max_tokens:
+            self._finish_with(seq, FinishReason.LENGTH, output)
+        return output
+
+    def _finish_with(self, seq: Sequence, reason: FinishReason, output: SequenceOutput) -> None:
+        self.finish_sequence(seq, reason)
+        output.finish_reason = reason
+        output.stop_reason = seq.stop_reason
+        output.metrics = self._request_metrics(seq.request)
+
+    def final_output(self, seq: Sequence) -> SequenceOutput:
+        """The last word on a sequence that was ended from outside."""
+        output = _news(seq, [])
+        output.finish_reason, output.stop_reason = seq.finish_reason, seq.stop_reason
+        output.metrics = self._request_metrics(seq.request)
+        return output
+
+    def _request_metrics(self, request: Request) -> RequestMetrics:
+        return RequestMetrics(
+            request.arrival_s,
+            request.first_scheduled_s,
+            request.first_token_s,
+            self._clock.now(),
+            request.num_preemptions,
+        )
+
+    # ------------------------------------------------------------------ fork
+
+    def _fork(self, seq: Sequence, num_computed: int) -> Sequence:
+        """A sequence with the same tokens that shares the KV of the first `num_computed`."""
+        request = seq.request
+        child = Sequence(next(self._seq_ids), request, len(request.sequences), list(seq.token_ids))
+        request.sequences.append(child)
+        if num_computed and seq.state is SeqState.RUNNING:
+            self.cache.fork(seq, child, num_computed)
+            child.move_to(SeqState.RUNNING)
+            child.scheduled_order = next(self._admissions)
+            self.running[child.seq_id] = child
+        else:
+            self._enqueue(child)
+        return child
+
+    def fork(self, seq: Sequence, token_id: int) -> Sequence:
+        """A new sequence of a stepped request: `seq`'s tokens, then `token_id`.
+
+        Raises:
+            RequestError: the sequence is not waiting for a decision, or too many would run.
+        """
+        self._require_paused(seq)
+        live = sum(s.state is not SeqState.FINISHED for s in seq.request.sequences)
+        if live >= self.max_num_seqs:
+            raise RequestError("beam_width", live + 1, f"must be at most {self.max_num_seqs}")
+        child = self._fork(seq, seq.num_computed)
+        child.token_ids.append(token_id)
+        return child
+
+    def advance(self, seq: Sequence, token_id: int) -> None:
+        """Continue a stepped sequence by `token_id`."""
+        self._require_paused(seq)
+        seq.token_ids.append(token_id)
+        seq.is_paused = False
+
+    def _require_paused(self, seq: Sequence) -> None:
+        if not seq.is_paused or seq.state is SeqState.FINISHED:
+            raise RequestError("seq_id", seq.seq_id, "is not waiting for its next token")
+
+
+def _running_view(seq: Sequence) -> RunningView:
+    request = seq.request
+    return RunningView(
+        seq.seq_id,
+        request.priority,
+        request.arrival_s,
+        seq.scheduled_order,
+        len(seq.block_table),
+        seq.num_tokens,
+    )
+
+
+def _news(seq: Sequence, new_token_ids: list[int]) -> SequenceOutput:
+    request = seq.request
+    return SequenceOutput(
+        request.request_id,
+        seq.seq_id,
+        seq.index,
+        new_token_ids,
+        num_cached_tokens=request.num_cached_tokens,
+    )
+
+
+def _fresh_prompt_logprobs(row: PlanRow, result: RowResult) -> list[PositionLogprobs]:
+    """What was not sent before; a preempted prompt is computed twice."""
+    request = row.seq.request
+    fresh = result.prompt_logprobs[max(0, request.num_prompt_logprobs - row.start) :]
+    request.num_prompt_logprobs += len(fresh)
+    return fresh
+
+
+def _candidates(seq: Sequence, result: RowResult) -> SequenceOutput:
+    output = _news(seq, [])
+    output.logprobs = [sample.logprobs for sample in result.samples if sample.logprobs is not None]
+    return output
