@@ -1,0 +1,146 @@
+"""CPU kernels in C: ctypes over the library that `native_build` compiles.
+
+Calls release the GIL. fp32 and bf16 with a head_dim that is a multiple of 16 run in C; the rest
+is for `cpu_torch`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from tierkv.kernels import native_build, reference
+from tierkv.kernels.metadata import AttentionMetadata, build_metadata
+
+logger = logging.getLogger(__name__)
+
+_POINTERS = "q kv out lse sinks query_start context_lens key_start key_lens block_tables"
+_COUNTS = (
+    "table_stride num_seqs num_heads num_kv_heads head_dim block_size "
+    "q_stride_token q_stride_head kv_stride_block window"
+)
+
+
+class _Args(Structure):
+    """The C side's `Args` (native/step.h); strides count elements."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in _POINTERS.split()),
+        *((name, c_int64) for name in _COUNTS.split()),
+        ("scale", c_float),
+        ("softcap", c_float),
+        ("kv_bf16", c_int32),
+        ("out_bf16", c_int32),
+        ("num_threads", c_int32),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, built and tried out on the first call; None where there are none."""
+    path = native_build.build_library()
+    if path is None:
+        return None
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        logger.warning("CPU kernels in C do not load, using torch instead: %s", error)
+        return None
+    lib.tierkv_attention.argtypes = [POINTER(_Args)]
+    lib.tierkv_write_kv.argtypes = [c_void_p] * 4 + [c_int64] * 6 + [c_void_p, c_int32]
+    if not _works(lib):
+        logger.warning("CPU kernels in C compute wrong results here, using torch instead")
+        return None
+    return lib
+
+
+def supports(kv: Tensor) -> bool:
+    """Can the C attention read this KV?"""
+    return kv.dtype in (torch.float32, torch.bfloat16) and kv.shape[4] % 16 == 0
+
+
+def write_kv(lib: ctypes.CDLL, kv: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+    """See `ops.write_kv`; any dtype."""
+    if k.stride(2) != 1 or v.stride(2) != 1:
+        k, v = k.contiguous(), v.contiguous()
+    slot_mapping = slot_mapping.contiguous()
+    size = kv.element_size()
+    num_blocks, _, heads, block_size, head_dim = kv.shape
+    strides = (c_int64 * 4)(*(size * s for s in (*k.stride()[:2], *v.stride()[:2])))
+    failed = lib.tierkv_write_kv(
+        kv.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        slot_mapping.data_ptr(),
+        k.shape[0],
+        num_blocks,
+        heads,
+        block_size,
+        head_dim * size,
+        kv.stride(0) * size,
+        strides,
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise ValueError(f"slot_mapping has a slot outside kv's {num_blocks} x {block_size}")
+
+
+def attention(
+    lib: ctypes.CDLL,
+    q: Tensor,
+    kv: Tensor,
+    meta: AttentionMetadata,
+    out: Tensor,
+    lse: Tensor | None,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> None:
+    """Fill out, and lse if given, with the attention of every row; see `ops.paged_attention`."""
+    args = _Args(
+        q.data_ptr(),
+        kv.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr() if lse is not None else None,
+        sinks.data_ptr() if sinks is not None else None,
+        *_meta_fields(meta),
+    )
+    args.num_heads, args.num_kv_heads, args.head_dim = q.shape[1], kv.shape[2], kv.shape[4]
+    args.block_size = meta.block_size
+    args.q_stride_token, args.q_stride_head = q.stride(0), q.stride(1)
+    args.kv_stride_block = kv.stride(0)
+    args.window, args.scale, args.softcap = window or 0, scale, softcap or 0.0
+    args.kv_bf16 = kv.dtype == torch.bfloat16
+    args.out_bf16 = out.dtype == torch.bfloat16
+    args.num_threads = torch.get_num_threads()
+    if lib.tierkv_attention(byref(args)):
+        raise MemoryError("paged attention: no memory for its scratch space")
+
+
+def _meta_fields(meta: AttentionMetadata) -> tuple[int, ...]:
+    """Pointers into the step's tensors, the table's row stride and the number of sequences."""
+    fields: tuple[int, ...] | None = meta.plans.get("native")
+    if fields is None:
+        tensors = (meta.query_start, meta.context_lens, meta.key_start, meta.key_lens)
+        pointers = [tensor.data_ptr() for tensor in (*tensors, meta.block_tables)]
+        fields = meta.plans["native"] = (*pointers, meta.block_tables.stride(0), meta.num_seqs)
+    return fields
+
+
+def _works(lib: ctypes.CDLL) -> bool:
+    """Does a step with a decode row and a prefill chunk come out as in the reference?"""
+    generator = torch.Generator().manual_seed(0)
+    kv = torch.randn(6, 2, 2, 16, 32, generator=generator)
+    q = torch.randn(21, 4, 32, generator=generator)
+    meta = build_metadata([1, 20], [37, 45], [[0, 4, 2], [1, 3, 5]], 16)
+    out = torch.empty_like(q)
+    attention(lib, q, kv, meta, out, None, scale=0.2, window=30)
+    expected = reference.paged_attention(q, kv, meta, scale=0.2, window=30)
+    return bool(torch.allclose(out, expected, atol=1e-4, rtol=1e-4))

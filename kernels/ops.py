@@ -1,0 +1,236 @@
+"""The kernels' public face: each op checked, then handed to the device's implementation.
+
+A wrapper raises `TypeError` for a wrong dtype and `ValueError` for a wrong shape, stride or device,
+naming the argument. What it cannot check without reading a tensor (that a block id or slot is the
+caller's to use) is the caller's contract.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tierkv.kernels import cpu
+from tierkv.kernels.metadata import AttentionMetadata
+
+set_backend = cpu.set_backend
+get_backend = cpu.get_backend
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def write_kv(kv: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+    """Store row `i`'s key and value in slot `slot_mapping[i]` of one layer.
+
+    Args:
+        kv: `[num_blocks, 2, num_kv_heads, block_size, head_dim]`, written in place; the blocks may
+            be strided (`pool[:, layer]`), what is inside one is contiguous.
+        k: `[num_tokens, num_kv_heads, head_dim]` of kv's dtype, any strides.
+        v: the same shape as k.
+        slot_mapping: int64 `[num_tokens]`, `block * block_size + offset`; a negative slot drops
+            the row. No two rows share a slot.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, stride or device, or a slot
+            lies outside kv.
+    """
+    _check_kv(kv)
+    rows = (k.shape[0], kv.shape[2], kv.shape[4])
+    if v.shape != k.shape:
+        raise ValueError(f"v has shape {list(v.shape)}, k {list(k.shape)}; they must be equal")
+    _check(k, "k", rows, kv.dtype, kv)
+    _check(v, "v", rows, kv.dtype, kv)
+    _check(slot_mapping, "slot_mapping", rows[:1], torch.int64, kv)
+    cpu.write_kv(kv, k, v, slot_mapping)
+
+
+def copy_blocks(pool: Tensor, src_ids: Tensor, dst_ids: Tensor, num_tokens: int) -> None:
+    """Copy the first `num_tokens` tokens of block `src_ids[i]` to block `dst_ids[i]`, all layers.
+
+    This is copy-on-write: destinations are distinct, and none is also a source.
+
+    Args:
+        pool: `[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]`, contiguous.
+        src_ids: int64 `[n]`.
+        dst_ids: int64 `[n]`.
+        num_tokens: tokens that must arrive, 1 to block_size; the rest is unspecified.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, stride or device.
+        IndexError: a block id lies outside the pool.
+    """
+    if pool.dim() != 6 or not pool.is_contiguous():
+        raise ValueError(f"pool must be contiguous with 6 dimensions, got {_layout(pool)}")
+    _check(src_ids, "src_ids", (src_ids.numel(),), torch.int64, pool)
+    _check(dst_ids, "dst_ids", tuple(src_ids.shape), torch.int64, pool)
+    if not 1 <= num_tokens <= pool.shape[4]:
+        raise ValueError(f"num_tokens={num_tokens} must be in 1..block_size={pool.shape[4]}")
+    cpu.copy_blocks(pool, src_ids, dst_ids, num_tokens)
+
+
+def paged_attention(
+    q: Tensor,
+    kv: Tensor,
+    meta: AttentionMetadata,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attention of every row of a step, prefill chunks and decode rows alike.
+
+    The keys and values of the step's own tokens are in kv already.
+
+    Args:
+        q: `[num_tokens, num_heads, head_dim]` of kv's dtype; the last dimension is contiguous.
+        kv: `[num_blocks, 2, num_kv_heads, block_size, head_dim]`; head h reads KV head
+            `h // (num_heads // num_kv_heads)`.
+        meta: the step, from `build_metadata`.
+        scale: factor on the scores.
+        window: a row at position p sees keys with `p - window < position <= p`.
+        softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
+        sinks: `[num_heads]`, logits of one more softmax column without a value (gpt-oss).
+        out: `[num_tokens, num_heads, head_dim]` of q's dtype, contiguous; allocated if None.
+
+    Returns:
+        out. A row that sees no key gets zeros.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, stride or device, or meta
+            names blocks outside kv.
+    """
+    _check_attention(q, kv, meta, window, softcap)
+    if sinks is not None:
+        sinks = _check_sinks(sinks, q)
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    else:
+        _check(out, "out", tuple(q.shape), q.dtype, q)
+        if not out.is_contiguous():
+            raise ValueError(f"out must be contiguous, got {_layout(out)}")
+    cpu.attention(q, kv, meta, out, None, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    return out
+
+
+def partial_attention(
+    q: Tensor,
+    kv: Tensor,
+    meta: AttentionMetadata,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over the segment meta's block tables hold, to be merged with other segments.
+
+    Args: as in `paged_attention`; sinks belong to the merge.
+
+    Returns:
+        `(out, lse)`, fp32 `[num_tokens, num_heads, head_dim]` and `[num_tokens, num_heads]`; lse
+        is the natural log of the sum of exponentials. A row that sees no key of the segment has
+        out 0 and lse -inf.
+
+    Raises:
+        TypeError, ValueError: as `paged_attention`.
+    """
+    _check_attention(q, kv, meta, window, softcap)
+    out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    cpu.attention(q, kv, meta, out, lse, scale=scale, window=window, softcap=softcap)
+    return out, lse
+
+
+def merge_attention(
+    outs: Sequence[Tensor], lses: Sequence[Tensor], sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Combine partial results over disjoint sets of keys into the result over their union.
+
+    Args:
+        outs: each `[num_tokens, num_heads, head_dim]`, any one float dtype.
+        lses: each fp32 `[num_tokens, num_heads]`.
+        sinks: `[num_heads]` sink logits, counted once.
+
+    Returns:
+        `(out, lse)` of the union, fp32; lse includes the sinks.
+
+    Raises:
+        TypeError, ValueError: nothing to merge, or dtypes or shapes that do not match.
+    """
+    if not outs or len(outs) != len(lses):
+        raise ValueError(f"lses has {len(lses)} entries for {len(outs)} outs (at least 1)")
+    shape = tuple(outs[0].shape)
+    if len(shape) != 3:
+        raise ValueError(f"outs[0] must have 3 dimensions, got {_layout(outs[0])}")
+    for index, (part, lse) in enumerate(zip(outs, lses, strict=True)):
+        _check(part, f"outs[{index}]", shape, outs[0].dtype, outs[0])
+        _check(lse, f"lses[{index}]", shape[:2], torch.float32, outs[0])
+    if sinks is not None:
+        sinks = _check_sinks(sinks, outs[0])
+    return cpu.merge_attention(outs, lses, sinks)
+
+
+def _check_attention(
+    q: Tensor, kv: Tensor, meta: AttentionMetadata, window: int | None, softcap: float | None
+) -> None:
+    """Raise unless the arguments that both attention ops share fit together."""
+    _check_kv(kv)
+    if q.dim() != 3:
+        raise ValueError(f"q must be [num_tokens, num_heads, head_dim], got {_layout(q)}")
+    num_heads, num_kv_heads = q.shape[1], kv.shape[2]
+    _check(q, "q", (meta.num_tokens, num_heads, kv.shape[4]), kv.dtype, kv)
+    if q.stride(2) != 1:
+        raise ValueError(f"q must be contiguous in its last dimension, got {_layout(q)}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"q has {num_heads} heads, not a multiple of kv's {num_kv_heads}")
+    if meta.block_size != kv.shape[3]:
+        raise ValueError(f"meta has block_size {meta.block_size}, kv {kv.shape[3]}")
+    if meta.max_block_id >= kv.shape[0]:
+        raise ValueError(f"meta names block {meta.max_block_id}, kv has {kv.shape[0]} blocks")
+    if meta.query_start.device != kv.device:
+        raise ValueError(f"meta is on {meta.query_start.device}, kv on {kv.device}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
+
+
+def _check_kv(kv: Tensor) -> None:
+    """Raise unless kv is one layer's view of a pool on a device that has an implementation."""
+    if kv.device.type != "cpu":
+        raise ValueError(f"kv is on {kv.device}; there are kernels for cpu only")
+    if kv.dtype not in _FLOATS:
+        raise TypeError(f"kv has dtype {kv.dtype}, expected one of {_FLOATS}")
+    if kv.dim() != 5 or kv.shape[1] != 2:
+        raise ValueError(
+            f"kv must be [num_blocks, 2, num_kv_heads, block_size, head_dim], got {_layout(kv)}"
+        )
+    _, _, heads, size, dim = kv.shape
+    if kv.stride()[1:] != (heads * size * dim, size * dim, dim, 1):
+        raise ValueError(f"kv must be contiguous inside a block, got {_layout(kv)}")
+
+
+def _check_sinks(sinks: Tensor, like: Tensor) -> Tensor:
+    """Check the per-head logits and return them as contiguous fp32."""
+    if not sinks.is_floating_point():
+        raise TypeError(f"sinks has dtype {sinks.dtype}, expected a float dtype")
+    _check(sinks, "sinks", (like.shape[1],), sinks.dtype, like)
+    return sinks.detach().float().contiguous()
+
+
+def _check(x: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> None:
+    """Raise unless x has this shape and dtype and lives where `like` does."""
+    if x.dtype != dtype:
+        raise TypeError(f"{name} has dtype {x.dtype}, expected {dtype}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} has shape {list(x.shape)}, expected {list(shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}, expected {like.device}")
+
+
+def _layout(x: Tensor) -> str:
+    """Shape and strides for a message."""
+    return f"shape {list(x.shape)} with strides {list(x.stride())}"
