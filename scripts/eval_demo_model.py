@@ -1,0 +1,191 @@
+"""Recall documents for the demo model, and how well it recalls them.
+
+A recall document plants codes ("The code of Velora is 48213."), continues with other text, and asks
+for one of them. The answer is in the context and nowhere else, so a model can only give it by
+attending to the right place, and an engine that served the wrong KV block shows in its output.
+`scripts/train_demo_model.py` trains on documents of this kind; this file measures the result:
+
+    python scripts/eval_demo_model.py tierkv/model/demo --documents 100
+
+The measure is the passkey retrieval of Mohtashami and Jaggi, "Landmark Attention" (2023,
+arXiv:2305.16300), section 4.2, with several keys per document instead of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DISTANCES = (64, 128, 256, 512, 1024, 1500)
+STYLES = ("plain", "chat")
+
+ONSETS = "b c d f g h j k l m n p r s t v w z br dr gr tr st pl".split()
+VOWELS = "a e i o u".split()
+CODAS = ["", "", "", "n", "r", "s", "l", "x", "th"]
+THINGS = ["code", "code", "code", "key", "number", "password"]
+PLANTS = [
+    "The {thing} of {name} is {code}.",
+    "The {thing} of {name} is {code}.",
+    "Remember that the {thing} of {name} is {code}.",
+    "Note: the {thing} of {name} is {code}.",
+]
+QUESTIONS = [
+    "What is the {thing} of {name}?",
+    "What is the {thing} of {name}?",
+    "Tell me the {thing} of {name}.",
+    "Do you remember the {thing} of {name}?",
+]
+ANSWER = "The {thing} of {name} is {code}."
+ACKNOWLEDGEMENTS = ["I will remember.", "Noted. I will remember that.", "OK, I will remember it."]
+
+
+@dataclass(frozen=True)
+class Secret:
+    """One planted fact: the `thing` of `name` is `code`."""
+
+    thing: str
+    name: str
+    code: str
+
+    def fill(self, template: str, code: str | None = None) -> str:
+        return template.format(thing=self.thing, name=self.name, code=code or self.code)
+
+
+def invent_name(rng: random.Random) -> str:
+    """A capitalised word of two or three random syllables."""
+    syllables = "".join(
+        rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.choice((2, 2, 3)))
+    )
+    return (syllables + rng.choice(CODAS)).capitalize()
+
+
+def invent_secret(rng: random.Random, digits: Sequence[int] = (5,)) -> Secret:
+    code = "".join(rng.choice("0123456789") for _ in range(rng.choice(digits)))
+    return Secret(rng.choice(THINGS), invent_name(rng), code)
+
+
+def invent_secrets(rng: random.Random, count: int, digits: Sequence[int] = (5,)) -> list[Secret]:
+    """`count` secrets with different names."""
+    found: dict[str, Secret] = {}
+    while len(found) < count:
+        secret = invent_secret(rng, digits)
+        found.setdefault(secret.name, secret)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt that asks for one planted code, and the only right continuation of it."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def make_probe(
+    tokenizer: Any, filler: Sequence[str], rng: random.Random, distance: int, style: str
+) -> Probe:
+    """A document whose asked-for code ends `distance` tokens before the code in the answer starts.
+
+    Four codes are planted; the others stand before, right after, and halfway to the question.
+    """
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    def fill(count: int) -> list[int]:
+        run: list[int] = []
+        start = rng.randrange(len(filler))
+        while len(run) < count:
+            run += ids(" " + filler[start % len(filler)])
+            start += 1
+        return run[:count] if count > 0 else []
+
+    first, target, second, third = invent_secrets(rng, 4)
+    plant = [ids(" " + secret.fill(PLANTS[0])) for secret in (first, target, second, third)]
+    eos = tokenizer.eos_token
+    if style == "chat":
+        head = ids(f"{tokenizer.bos_token}<|user|>\nRemember these codes.")
+        middle = ids(f"{eos}\n<|assistant|>\nI will remember.{eos}\n<|user|>\n")
+        tail = ids(f" {target.fill(QUESTIONS[0])}{eos}\n<|assistant|>\n")
+        answer = ids(target.fill(ANSWER)) + [tokenizer.eos_token_id]
+        lead = len(ids(target.fill("The {thing} of {name} is ")))
+    else:
+        head, middle = [tokenizer.bos_token_id, *fill(40)], []
+        tail = ids(f"\n{target.fill(QUESTIONS[0])}")
+        answer = ids(" " + target.code)
+        lead = 1
+    # `+ 1`: the full stop after the planted code.
+    fixed = 1 + len(plant[2]) + len(plant[3]) + len(middle) + len(tail) + lead
+    room = distance - fixed
+    if room < 0:  # too near for distractors after the code: they go before it
+        head, room = head + plant[2] + plant[3], room + len(plant[2]) + len(plant[3])
+        body = middle + fill(room)
+    else:
+        body = plant[2] + middle + fill(room // 2) + plant[3] + fill(room - room // 2)
+    return Probe(head + plant[0] + plant[1] + body + tail, answer)
+
+
+@torch.inference_mode()
+def is_recalled(model: Any, probe: Probe) -> bool:
+    """Whether greedy decoding continues the prompt with exactly the answer.
+
+    One forward decides it: greedy decoding gives the answer if and only if every token of the
+    answer is the most likely one after the prompt and the tokens before it.
+    """
+    row = torch.tensor([probe.prompt + probe.answer], device=model.device)
+    logits = model(row, logits_to_keep=len(probe.answer) + 1).logits[0, :-1]
+    return bool((logits.argmax(-1) == row[0, -len(probe.answer) :]).all())
+
+
+def recall_accuracy(
+    model: Any,
+    tokenizer: Any,
+    filler: Sequence[str],
+    documents: int,
+    distances: Sequence[int] = DISTANCES,
+    seed: int = 20_000,
+) -> dict[str, dict[str, float]]:
+    """Style -> distance -> the share of documents whose whole code (chat: whole reply) is right."""
+    table: dict[str, dict[str, float]] = {}
+    for style in STYLES:
+        table[style] = {}
+        for distance in distances:
+            rng = random.Random(f"{seed} {style} {distance}")
+            hits = sum(
+                is_recalled(model, make_probe(tokenizer, filler, rng, distance, style))
+                for _ in range(documents)
+            )
+            table[style][str(distance)] = round(hits / documents, 3)
+    return table
+
+
+def topic_sentences() -> list[str]:
+    """English filler that every Python installation has: the prose of `help('topics')`."""
+    from pydoc_data.topics import topics
+
+    paragraphs = (" ".join(p.split()) for text in topics.values() for p in text.split("\n\n"))
+    return [p for p in paragraphs if len(p) > 60 and p[0].isalpha() and p.endswith(".")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the demo model's recall.")
+    parser.add_argument("model", type=Path, help="the model's folder")
+    parser.add_argument("--documents", type=int, default=100, help="documents per distance")
+    parser.add_argument("--distances", type=int, nargs="+", default=list(DISTANCES))
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    table = recall_accuracy(model, tokenizer, topic_sentences(), args.documents, args.distances)
+    print(json.dumps(table, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The engine in its own process: a loop between two sockets.
+
+Started by `tierkv.engine.client` as a fresh interpreter. Its standard input is a pipe whose other
+end only the front end holds, so the end of that pipe is the end of the front end, however it died.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from tierkv.config import EngineConfig
+from tierkv.engine import wire
+from tierkv.engine.core import EngineCore
+from tierkv.errors import RequestError
+
+TO_ENGINE, FROM_ENGINE = "to-engine", "from-engine"
+_LINGER_MS = 2000
+
+
+class EngineLoop:
+    """Serves one engine: receive, step, send, and sleep on the socket when there is no work.
+
+    Args:
+        engine: the loaded engine.
+        inbox: PULL socket of messages to the engine.
+        outbox: PUSH socket of messages from it.
+    """
+
+    def __init__(
+        self, engine: EngineCore, inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]
+    ) -> None:
+        self._engine, self._inbox, self._outbox = engine, inbox, outbox
+        self._is_stopping = False
+        self._handlers: dict[str, Callable[..., None]] = {
+            "add": self._add,
+            "abort": engine.abort,
+            "stop": engine.stop_sequence,
+            "call": self._call,
+            "shutdown": self._shut_down,
+        }
+        self._calls: dict[str, Callable[[], Any]] = {
+            "metrics": engine.metrics,
+            "reset_prefix_cache": engine.reset_prefix_cache,
+            "ping": lambda: True,
+        }
+
+    def run(self) -> None:
+        """Until the front end says `shutdown`."""
+        while True:
+            self._receive()
+            if self._is_stopping:
+                return
+            if outputs := self._engine.step():
+                self._send("outputs", [wire.encode_output(output) for output in outputs])
+
+    def _receive(self) -> None:
+        """Handle all messages that are there; wait for one when the engine has no work."""
+        while not self._is_stopping:
+            try:
+                message = self._inbox.recv(zmq.NOBLOCK if self._engine.has_work else 0)
+            except zmq.Again:
+                return
+            self._handle(message)
+            while not self._is_stopping and self._inbox.poll(0):
+                self._handle(self._inbox.recv())
+            if self._engine.has_work:
+                return
+
+    def _handle(self, message: bytes) -> None:
+        kind, values = wire.unpack(message)
+        self._handlers[kind](*values)
+
+    def _send(self, kind: str, *values: Any) -> None:
+        self._outbox.send(wire.pack(kind, *values))
+
+    def _add(self, packed: list[Any]) -> None:
+        try:
+            self._engine.add_request(wire.decode_request(packed))
+        except RequestError as error:
+            self._send("rejected", packed[0], wire.encode_error(error))
+
+    def _call(self, call_id: int, name: str) -> None:
+        self._send("result", call_id, self._calls[name]())
+
+    def _shut_down(self) -> None:
+        self._is_stopping = True
+
+
+def main(directory: str) -> int:
+    """Run the engine behind the sockets in `directory`; returns the exit status."""
+    # Ctrl-C in a terminal reaches every process of the group; the front end decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, args=(directory,), daemon=True).start()
+    with zmq.Context() as context:
+        inbox = bind_pull(context, Path(directory) / TO_ENGINE)
+        outbox = connect_push(context, Path(directory) / FROM_ENGINE)
+        outbox.linger = _LINGER_MS
+        with inbox, outbox:
+            return _serve(inbox, outbox)
+
+
+def bind_pull(context: zmq.Context[zmq.Socket[bytes]], path: Path) -> zmq.Socket[bytes]:
+    """The receiving end, a socket file of mode 0600."""
+    socket = context.socket(zmq.PULL)
+    socket.set_hwm(0)  # requests are bounded elsewhere; no message may be dropped
+    socket.bind(f"ipc://{path}")
+    path.chmod(stat.S_IRUSR | stat.S_IWUSR)
+    return socket
+
+
+def connect_push(context: zmq.Context[zmq.Socket[bytes]], path: Path) -> zmq.Socket[bytes]:
+    """The sending end. Connected, not bound: a bound one blocks while it has no peer."""
+    socket = context.socket(zmq.PUSH)
+    socket.set_hwm(0)
+    socket.connect(f"ipc://{path}")
+    return socket
+
+
+def _serve(inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> int:
+    _, (options,) = wire.unpack(inbox.recv())
+    try:
+        engine = EngineCore.from_config(EngineConfig.from_mapping(options))
+    except BaseException as error:
+        return _report("failed", error, outbox)
+    outbox.send(wire.pack("ready", wire.encode_info(engine.info)))
+    try:
+        EngineLoop(engine, inbox, outbox).run()
+        engine.close()
+    except BaseException as error:
+        return _report("dead", error, outbox)
+    return 0
+
+
+def _report(kind: str, error: BaseException, outbox: zmq.Socket[bytes]) -> int:
+    traceback.print_exception(error)
+    outbox.send(wire.pack(kind, wire.encode_error(error)))
+    return 1
+
+
+def _die_with_parent(directory: str) -> None:
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    shutil.rmtree(directory, ignore_errors=True)
+    os._exit(1)

@@ -1,0 +1,162 @@
+"""Finds a model, refuses what cannot be served exactly, and loads it with tierkv's attention."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from tierkv.config import EngineConfig
+from tierkv.errors import ConfigError, UnsupportedModelError
+from tierkv.model import attention, facts, trace
+from tierkv.model.fingerprint import model_fingerprint
+from tierkv.model.loaded import LoadedModel, dtype_name
+from tierkv.model.probe import verify_model
+
+logger = logging.getLogger(__name__)
+
+DEMO = Path(__file__).parent / "demo"
+"""Directory of the built-in model `demo`."""
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Load `config.model`.
+
+    Raises:
+        ConfigError: the model cannot be found or read, or the device is not there.
+        UnsupportedModelError: its architecture cannot be served exactly, with the reason.
+    """
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    source = str(DEMO) if config.model == "demo" else config.model
+    hf_config = load_config(config, source)
+    device = _device(config)
+    dtype = _dtype(config, hf_config, device)
+    model = _build(config, source, hf_config, dtype).to(device).eval()
+    fingerprint = model_fingerprint(model, hf_config, dtype_name(dtype))
+    layers = trace.trace_layers(model)
+    model.set_attn_implementation(attention.IMPLEMENTATION)
+    directory = Path(source) if Path(source).is_dir() else None
+    loaded = LoadedModel(
+        model=model,
+        config=hf_config,
+        tokenizer_path=config.tokenizer or source,
+        device=device,
+        dtype=dtype,
+        layers=layers,
+        max_model_len=facts.max_positions(hf_config),
+        eos_token_ids=facts.eos_token_ids(hf_config, directory),
+        vocab_size=_vocab_size(model),
+        fingerprint=fingerprint,
+    )
+    if config.verify_model:
+        verify_model(loaded)
+    return loaded
+
+
+def load_config(config: EngineConfig, source: str) -> Any:
+    """The model's Hugging Face config, checked for support.
+
+    Raises:
+        ConfigError: there is no such model.
+        UnsupportedModelError: it cannot be served, with the reason.
+    """
+    try:
+        hf_config = AutoConfig.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(config, source, error) from error
+    facts.check_config(hf_config)
+    if not _has_own_code(hf_config):
+        facts.check_class(hf_config, _model_class(hf_config))
+    return hf_config
+
+
+def _unreadable(config: EngineConfig, source: str, error: Exception) -> ConfigError:
+    """The right error for a config that could not be read."""
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    if Path(source).is_dir():
+        if (Path(source) / "config.json").is_file():
+            return UnsupportedModelError("model", config.model, first_line)
+        return ConfigError("model", config.model, "the directory has no config.json")
+    fix = f"neither `demo`, a model directory, nor a hub id that can be reached ({first_line})"
+    return ConfigError("model", config.model, fix)
+
+
+def _has_own_code(hf_config: Any) -> bool:
+    """The repository ships the model's code, which transformers' tables do not list."""
+    return "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
+
+
+def _model_class(hf_config: Any) -> type[Any] | None:
+    """The class AutoModelForCausalLM would build, or None."""
+    mapping = AutoModelForCausalLM._model_mapping
+    if type(hf_config) not in mapping:
+        return None
+    found = mapping[type(hf_config)]
+    return found[0] if isinstance(found, (tuple, list)) else found
+
+
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", config.device, "torch sees no CUDA device here; use cpu")
+    return torch.device(config.device)
+
+
+def _dtype(config: EngineConfig, hf_config: Any, device: torch.device) -> torch.dtype:
+    """The dtype asked for; `auto` is the config's, except float16 where it would crawl."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)  # type: ignore[no-any-return]
+    named = getattr(hf_config, "dtype", None) or facts.text_config(hf_config).dtype
+    dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named or "float32"))
+    if device.type == "cpu" and dtype is torch.float16:
+        fast_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        dtype = torch.bfloat16 if fast_bf16 else torch.float32
+        logger.warning("float16 is slow on CPUs: the model runs in %s", dtype_name(dtype))
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError("dtype", config.dtype, f"the model's {dtype} is not served; choose one")
+    return dtype
+
+
+def _build(
+    config: EngineConfig, source: str, hf_config: Any, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The module with its weights: read, or random from the seed."""
+    common: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": trace.IMPLEMENTATION,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.load_format == "dummy":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return AutoModelForCausalLM.from_config(hf_config, **common)  # type: ignore[no-any-return]
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=hf_config,
+            revision=config.revision,
+            output_loading_info=True,
+            **common,
+        )
+    except OSError as error:
+        fix = f"its weights cannot be read ({str(error).strip().splitlines()[0]})"
+        raise ConfigError("model", config.model, fix) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        fix = f"its files lack {len(missing)} weights ({', '.join(missing[:3])}, ...)"
+        raise ConfigError("model", config.model, fix)
+    return model  # type: ignore[no-any-return]
+
+
+def _vocab_size(model: PreTrainedModel) -> int:
+    head = model.get_output_embeddings()
+    if head is not None:
+        return int(head.weight.shape[0])
+    return int(facts.text_config(model.config).vocab_size)

@@ -1,0 +1,93 @@
+"""Runs a plan on the model: copies, one packed forward, logits of the wanted rows."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tierkv.cache.pools import GpuPool
+from tierkv.errors import ConfigError
+from tierkv.kernels.ops import copy_blocks
+from tierkv.model.attention import StepContext, current_step
+from tierkv.model.inputs import BlockTables, StepInputs, pack_rows
+from tierkv.model.loaded import LoadedModel
+
+if TYPE_CHECKING:
+    from tierkv.engine.plan import BlockCopy, Plan
+
+
+class ModelRunner:
+    """The executor of a real model; owns the bytes of the GPU pool.
+
+    Args:
+        loaded: a model whose attention is tierkv's.
+        pool: blocks of the model's layout, on the model's device.
+
+    Raises:
+        ConfigError: the pool is not of the model's shape.
+    """
+
+    def __init__(self, loaded: LoadedModel, pool: GpuPool) -> None:
+        if pool.layout != loaded.layout(pool.layout.block_size):
+            fix = f"the model needs {loaded.layout(pool.layout.block_size)}"
+            raise ConfigError("pool", pool.layout, fix)
+        self.loaded = loaded
+        self.pool = pool
+        self.tables = BlockTables()
+        self._windows = loaded.windows
+        self._passes_step = loaded.passes_step
+        parameters = inspect.signature(loaded.model.forward).parameters
+        self._selects_logits = "logits_to_keep" in parameters
+
+    def run(self, plan: Plan) -> Tensor:
+        """Copy-on-write, then the forward of all rows.
+
+        Returns:
+            fp32 `[sum(row.num_logit_rows), vocab_size]`, rows in plan order.
+        """
+        with torch.inference_mode():
+            self._copy(plan.copies)
+            inputs = pack_rows(
+                plan.rows, self.tables, self.pool.layout.block_size, self.loaded.device
+            )
+            return self.forward(inputs)
+
+    def forget(self, seq_id: int) -> None:
+        """The sequence is finished or was preempted; unknown ids are ignored."""
+        self.tables.forget(seq_id)
+
+    @torch.inference_mode()
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """One forward pass; writes the KV of every row.
+
+        Returns:
+            fp32 `[num_logit_rows, vocab_size]`.
+        """
+        step = StepContext(self.pool, inputs.meta, self._windows)
+        kwargs = {
+            "input_ids": inputs.input_ids,
+            "position_ids": inputs.position_ids,
+            "use_cache": False,
+        }
+        if self._selects_logits:
+            kwargs["logits_to_keep"] = inputs.logit_rows
+        if self._passes_step:
+            logits = self.loaded.model(**kwargs, tierkv_step=step).logits[0]
+        else:
+            with current_step(step):
+                logits = self.loaded.model(**kwargs).logits[0]
+        if not self._selects_logits:
+            logits = logits[inputs.logit_rows]
+        return logits.float()
+
+    def _copy(self, copies: list[BlockCopy]) -> None:
+        if not copies:
+            return
+        device = self.pool.device
+        sources = torch.tensor([copy.source for copy in copies], device=device)
+        targets = torch.tensor([copy.destination for copy in copies], device=device)
+        num_tokens = max(copy.num_tokens for copy in copies)
+        copy_blocks(self.pool.tensor, sources, targets, num_tokens)
