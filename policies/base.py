@@ -14,9 +14,9 @@ from typing import Protocol
 Key = Hashable
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)  # not frozen: one is made for every block touched, and that costs 4x
 class AccessHint:
-    """What is known about a block when it appears or is used.
+    """What is known about a block when it appears or is used. Nobody changes one.
 
     Attributes:
         now: the engine clock, seconds.

@@ -368,7 +368,11 @@ class Scheduler:
                 end // block_size > seq.num_sealed or window is not None
             ):
                 self.cache.seal(seq, end)
-            if result.samples or result.prompt_logprobs:
+            samples = result.samples
+            if len(samples) == 1 and not result.prompt_logprobs and seq.num_inflight:
+                seq.num_inflight -= 1
+                outputs.append(self._append(seq, samples[0]))
+            elif samples or result.prompt_logprobs:
                 outputs.extend(self._commit_row(seq, row, result))
         self.metrics.steps += 1
         self.metrics.computed_tokens += plan.num_tokens
@@ -394,13 +398,12 @@ class Scheduler:
         return outputs
 
     def _append(self, seq: Sequence, sample: SampledToken) -> SequenceOutput:
-        token, request = sample.token_id, seq.request
-        seq.token_ids.append(token)
-        output = _news(seq, [token])
-        if sample.logprobs is not None:
-            output.logprobs = [sample.logprobs]
+        token, request, token_ids = sample.token_id, seq.request, seq.token_ids
+        token_ids.append(token)
+        logprobs = [sample.logprobs] if sample.logprobs is not None else None
+        output = _news(seq, [token], logprobs)
         self.metrics.generated_tokens += 1
-        generated = len(seq.token_ids) - seq.num_prompt_tokens
+        generated = len(token_ids) - seq.num_prompt_tokens
         if request.first_token_s is None:
             request.first_token_s = self._clock.now()
         if token in request.stop_token_ids and generated >= request.params.min_tokens:
@@ -485,15 +488,12 @@ def _running_view(seq: Sequence) -> RunningView:
     )
 
 
-def _news(seq: Sequence, new_token_ids: list[int]) -> SequenceOutput:
-    request = seq.request
-    return SequenceOutput(
-        request.request_id,
-        seq.seq_id,
-        seq.index,
-        new_token_ids,
-        num_cached_tokens=request.num_cached_tokens,
-    )
+def _news(
+    seq: Sequence, new_token_ids: list[int], logprobs: list[PositionLogprobs] | None = None
+) -> SequenceOutput:
+    output = SequenceOutput(seq.request.request_id, seq.seq_id, seq.index, new_token_ids, logprobs)
+    output.num_cached_tokens = seq.request.num_cached_tokens
+    return output
 
 
 def _fresh_prompt_logprobs(row: PlanRow, result: RowResult) -> list[PositionLogprobs]:
