@@ -9,7 +9,7 @@
 
 #include "step.h"
 
-#define MANY_VECS 4
+#define MANY_VECS 6
 #define MANY_ROWS (MANY_VECS * W)
 #define MANY_KEYS 64
 #define MICRO (W == 16 ? 8 : 4) /* keys or head_dim entries per register tile; 2 vectors wide */
@@ -21,13 +21,15 @@ typedef struct { /* one item's working set, in scratch; [x][MANY_ROWS] is x-majo
     float *p;         /* [MANY_KEYS][MANY_ROWS] scores, then weights */
     float *acc;       /* [head_dim][MANY_ROWS] */
     float m[MANY_ROWS], l[MANY_ROWS], alpha[MANY_ROWS];
+    int64_t from[MANY_ROWS]; /* where in q the row is */
     int32_t lo[MANY_ROWS], hi[MANY_ROWS];
     int64_t max_lo, min_hi; /* keys between them are seen by every row */
     int64_t vecs;
 } Many;
 
 static int64_t many_rows_scratch(int64_t head_dim) {
-    return 2 * head_dim * MANY_ROWS + 2 * MANY_KEYS * head_dim + MANY_KEYS * MANY_ROWS;
+    int64_t p = max64(MANY_KEYS * MANY_ROWS, W * head_dim);
+    return 2 * head_dim * MANY_ROWS + 2 * MANY_KEYS * head_dim + p;
 }
 
 static void many_layout(Many *w, float *scratch, int64_t head_dim) {
@@ -38,54 +40,122 @@ static void many_layout(Many *w, float *scratch, int64_t head_dim) {
     w->p = w->v + MANY_KEYS * head_dim;
 }
 
-/* Queries across lanes; ranges; state as before the first key. */
-static void many_start(const Args *a, const Item *it, Many *w, const int pairs) {
-    int64_t dim = a->head_dim;
+/* Ranges of the rows, the last repeated to fill the lanes; state as before the first key. */
+static void many_start(const Args *a, const Item *it, Many *w) {
     w->vecs = (it->rows + W - 1) / W;
     w->max_lo = 0;
     w->min_hi = INT32_MAX;
-    memset(w->acc, 0, (size_t)(dim * MANY_ROWS) * sizeof(float));
+    memset(w->acc, 0, (size_t)(a->head_dim * MANY_ROWS) * sizeof(float));
     for (int64_t r = 0; r < w->vecs * W; r++) {
         int64_t row = it->row0 + min64(r, it->rows - 1);
-        int64_t from = query_offset(a, it->seq, it->head0, row);
         Range seen = visible_to(a, it->seq, row / group_of(a));
+        w->from[r] = query_offset(a, it->seq, it->head0, row);
         w->lo[r] = (int32_t)seen.lo;
         w->hi[r] = (int32_t)max64(0, min64(seen.hi, it->key1));
         w->max_lo = max64(w->max_lo, w->lo[r]);
         w->min_hi = min64(w->min_hi, w->hi[r]);
         w->m[r] = NO_SCORE;
         w->l[r] = 0;
-        const float *q32 = (const float *)a->q + from;
-        const uint16_t *q16 = (const uint16_t *)a->q + from;
-        uint16_t *q_pairs = (uint16_t *)w->q + 2 * r;
-        for (int64_t d = 0; d < dim; d++)
-            if (pairs)
-                q_pairs[d / 2 * 2 * MANY_ROWS + d % 2] = q16[d];
-            else
-                w->q[d * MANY_ROWS + r] = a->kv_bf16 ? from_bf16(q16[d]) : q32[d];
+    }
+}
+
+/* Lay W rows of queries across the lanes of vector v. */
+INLINE void many_queries(const Args *a, Many *w, int64_t v, const int64_t dim, const int bf16,
+                         const int pairs) {
+    const int64_t *from = w->from + v * W, steps = pairs ? dim / 2 : dim;
+    for (int64_t d = 0; d < steps; d += W) {
+        vf x[W];
+        const int64_t width = min64(W, steps - d);
+        for (int i = 0; i < W; i++) {
+            const float *pair = (const float *)((const uint16_t *)a->q + from[i]) + d;
+            if (!pairs)
+                x[i] = load_any(a->q, from[i] + d, bf16);
+            else if (width == W)
+                x[i] = load(pair);
+            else {
+                x[i] = splat(0);
+                memcpy(&x[i], pair, (size_t)width * sizeof *pair);
+            }
+        }
+        transpose(x);
+        for (int64_t i = 0; i < width; i++) store(w->q + (d + i) * MANY_ROWS + v * W, x[i]);
+    }
+}
+
+/* Hand over the finished rows of vector v. */
+static void many_finish(const Args *a, const Item *it, Many *w, int64_t v, float *parts) {
+    int64_t dim = a->head_dim;
+    float *rows = w->p; /* no longer needed, and [W][head_dim] fits */
+    for (int64_t d = 0; d < dim; d += W) {
+        vf x[W];
+        for (int i = 0; i < W; i++) x[i] = load(w->acc + (d + i) * MANY_ROWS + v * W);
+        transpose(x);
+        for (int i = 0; i < W; i++) store(rows + i * dim + d, x[i]);
+    }
+    for (int64_t r = v * W; r < min64(it->rows, (v + 1) * W); r++, rows += dim)
+        emit_row(a, it, it->head0, r, rows, w->m[r], w->l[r], parts);
+}
+
+/* Two values, the second possibly absent, as pairs: the layout that multiplies pairs of weights. */
+INLINE void many_interleave(uint32_t *to, const uint16_t *even, const uint16_t *odd,
+                            const int64_t dim) {
+    for (int64_t d = 0; d < dim; d += W) {
+        vh low, high = {0};
+        memcpy(&low, even + d, sizeof low);
+        if (odd) memcpy(&high, odd + d, sizeof high);
+        vu pairs = __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16;
+        memcpy(to + d, &pairs, sizeof pairs);
+    }
+}
+
+INLINE void many_widen(float *to, const void *from, const int64_t dim, const int bf16) {
+    for (int64_t d = 0; d < dim; d += W) store(to + d, load_any(from, d, bf16));
+}
+
+/* Zero the keys and values from n up to a multiple of MICRO. */
+INLINE void many_pad(Many *w, int64_t n, const int64_t dim, const int pairs) {
+    int64_t rounded = (n + MICRO - 1) / MICRO * MICRO, halves = pairs ? 2 : 1;
+    int64_t whole = pairs ? (n + 1) / 2 * 2 : n; /* interleaving filled an odd one's pair */
+    memset((char *)w->k + n * dim * 4 / halves, 0, (size_t)((rounded - n) * dim * 4 / halves));
+    memset((char *)w->v + whole * dim * 4 / halves, 0,
+           (size_t)((rounded - whole) * dim * 4 / halves));
+}
+
+/* Ask for a key and value of the run that comes next. */
+INLINE void many_prefetch(const Args *a, const Item *it, const char *kv, int64_t key,
+                          const int64_t row_bytes, int64_t value_bytes) {
+    if (key >= it->key1) return;
+    const char *k = kv + key_offset(a, it->seq, key) * (row_bytes / a->head_dim);
+    for (int64_t line = 0; line < row_bytes; line += 64) {
+        __builtin_prefetch(k + line, 0, 2);
+        __builtin_prefetch(k + value_bytes + line, 0, 2);
     }
 }
 
 /* Copy n keys and values to contiguous scratch; up to a multiple of MICRO they are zero. */
 INLINE void many_pack(const Args *a, const Item *it, Many *w, int64_t key, int64_t n,
                       const int64_t dim, const int bf16, const int pairs) {
-    int64_t rounded = (n + MICRO - 1) / MICRO * MICRO, size = bf16 ? 2 : 4;
+    const int64_t size = bf16 ? 2 : 4, value_bytes = value_stride(a) * size;
     const char *kv = (const char *)a->kv + it->head0 * head_stride(a) * size;
-    for (int64_t j = 0; j < rounded; j++) {
-        const char *k = kv + key_offset(a, it->seq, key + min64(j, n - 1)) * size;
-        const char *v = k + value_stride(a) * size;
-        uint16_t *k16 = (uint16_t *)w->k + j * dim;
-        uint16_t *v16 = (uint16_t *)w->v + j / 2 * 2 * dim + j % 2;
+    for (int64_t j = 0; j < n; j += 2) {
+        const char *even = kv + key_offset(a, it->seq, key + j) * size;
+        const char *odd = j + 1 < n ? kv + key_offset(a, it->seq, key + j + 1) * size : NULL;
+        many_prefetch(a, it, kv, key + j + MANY_KEYS, dim * size, value_bytes);
+        many_prefetch(a, it, kv, key + j + 1 + MANY_KEYS, dim * size, value_bytes);
         if (pairs) {
-            memcpy(k16, k, (size_t)dim * 2);
-            for (int64_t d = 0; d < dim; d++) v16[2 * d] = j < n ? ((const uint16_t *)v)[d] : 0;
+            memcpy((uint16_t *)w->k + j * dim, even, (size_t)dim * 2);
+            if (odd) memcpy((uint16_t *)w->k + (j + 1) * dim, odd, (size_t)dim * 2);
+            many_interleave((uint32_t *)w->v + j / 2 * dim, (const uint16_t *)(even + value_bytes),
+                            odd ? (const uint16_t *)(odd + value_bytes) : NULL, dim);
         } else {
-            for (int64_t d = 0; d < dim; d += W) {
-                store(w->k + j * dim + d, load_any(k, d, bf16));
-                store(w->v + j * dim + d, j < n ? load_any(v, d, bf16) : splat(0));
-            }
+            many_widen(w->k + j * dim, even, dim, bf16);
+            many_widen(w->v + j * dim, even + value_bytes, dim, bf16);
+            if (!odd) continue;
+            many_widen(w->k + (j + 1) * dim, odd, dim, bf16);
+            many_widen(w->v + (j + 1) * dim, odd + value_bytes, dim, bf16);
         }
     }
+    many_pad(w, n, dim, pairs);
 }
 
 /* p[key][rows] = q . k for MICRO keys and `vecs` vectors of rows. */
@@ -210,7 +280,8 @@ INLINE void many_run(const Args *a, const Item *it, Many *w, int64_t key, int64_
 INLINE void many_rows_body(const Args *a, const Item *it, Many *w, const int64_t dim,
                            const int bf16) {
     const int pairs = bf16 && HAVE_DOT_BF16;
-    many_start(a, it, w, pairs);
+    many_start(a, it, w);
+    for (int64_t v = 0; v < w->vecs; v++) many_queries(a, w, v, dim, bf16, pairs);
     for (int64_t key = it->key0; key < it->key1; key += MANY_KEYS)
         many_run(a, it, w, key, min64(MANY_KEYS, it->key1 - key), dim, bf16, pairs);
 }
@@ -228,11 +299,7 @@ static void many_rows(const Args *a, const Item *it, float *scratch, float *part
         many_rows_body(a, it, &w, 64, 0);
     else
         many_rows_body(a, it, &w, dim, 0);
-    float *row = w.k;
-    for (int64_t r = 0; r < it->rows; r++) {
-        for (int64_t d = 0; d < dim; d++) row[d] = w.acc[d * MANY_ROWS + r];
-        emit_row(a, it, it->head0, r, row, w.m[r], w.l[r], parts);
-    }
+    for (int64_t v = 0; v < w.vecs; v++) many_finish(a, it, &w, v, parts);
 }
 
 #endif

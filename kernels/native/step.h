@@ -51,8 +51,16 @@ INLINE Range visible_to(const Args *a, int64_t seq, int64_t query) {
 
 /* Element offset in kv of key `key` of KV head 0. */
 INLINE int64_t key_offset(const Args *a, int64_t seq, int64_t key) {
-    int64_t block = a->block_tables[seq * a->table_stride + key / a->block_size];
-    return block * a->kv_stride_block + key % a->block_size * a->head_dim;
+    int64_t size = a->block_size, logical, offset;
+    if (size & (size - 1)) {
+        logical = key / size;
+        offset = key % size;
+    } else { /* a power of two, as a rule: a division costs as much as the key's arithmetic */
+        logical = key >> __builtin_ctzll((unsigned long long)size);
+        offset = key & (size - 1);
+    }
+    int64_t block = a->block_tables[seq * a->table_stride + logical];
+    return block * a->kv_stride_block + offset * a->head_dim;
 }
 
 INLINE int64_t head_stride(const Args *a) { return a->block_size * a->head_dim; }

@@ -145,6 +145,42 @@ INLINE vf sum_each(vf x[W]) {
     return x[0];
 }
 
+/* a's and b's elements in turn: of their first halves, of their second halves. */
+INLINE vf weave_low(vf a, vf b) {
+#if W == 16
+    return SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif W == 8
+    return SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+    return SHUFFLE(a, b, 0, 4, 1, 5);
+#endif
+}
+
+INLINE vf weave_high(vf a, vf b) {
+#if W == 16
+    return SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif W == 8
+    return SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+    return SHUFFLE(a, b, 2, 6, 3, 7);
+#endif
+}
+
+/* x[i][j] becomes x[j][i]: weaving row i with row i + W / 2, log2(W) times. */
+INLINE void transpose(vf x[W]) {
+    vf y[W];
+#pragma GCC unroll 4
+    for (int stage = 1; stage < W; stage *= 2) {
+#pragma GCC unroll 8
+        for (int i = 0; i < W / 2; i++) {
+            y[2 * i] = weave_low(x[i], x[i + W / 2]);
+            y[2 * i + 1] = weave_high(x[i], x[i + W / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) x[i] = y[i];
+    }
+}
+
 INLINE float sum(vf x) {
     float total = 0;
     for (int i = 0; i < W; i++) total += x[i];

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -24,7 +25,7 @@ OPTIONS: dict[str, Any] = {
     "num_gpu_blocks": 64,
     "max_model_len": 256,
     "max_num_batched_tokens": 48,
-    "num_threads": 2,
+    "num_threads": 1,
 }
 TEXT = "the code of the fox"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -191,7 +192,7 @@ def test_logprobs_equal_transformers(llm: LLM, text_model: Path) -> None:
     params = SamplingParams(
         temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=2
     )
-    (output, _) = run(llm, [TEXT * 5, "the house"], params)
+    (output, _) = run(llm, [TEXT * 12, "the house"], params)
     ids, (completion,) = output.prompt_token_ids, output.outputs
     assert len(ids) > OPTIONS["max_num_batched_tokens"]
     model = AutoModelForCausalLM.from_pretrained(text_model, dtype=torch.float32)
@@ -249,7 +250,7 @@ def test_a_stream_grows_to_what_generate_gives(llm: LLM) -> None:
     (whole,) = run(llm, TEXT)
     outputs = list(llm.stream(TEXT, GREEDY))
     assert len(outputs) == 12
-    for shorter, longer in zip(outputs, outputs[1:], strict=False):
+    for shorter, longer in itertools.pairwise(outputs):
         assert longer.outputs[0].text.startswith(shorter.outputs[0].text)
         assert len(longer.outputs[0].token_ids) == len(shorter.outputs[0].token_ids) + 1
     assert [out.finished for out in outputs] == [False] * 11 + [True]

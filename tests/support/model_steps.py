@@ -20,8 +20,14 @@ from tierkv.model.runner import ModelRunner
 
 
 def load_tiny(directory: Path, **options: object) -> LoadedModel:
-    """Load in fp32 (unless told otherwise) without the probe."""
-    values = {"model": str(directory), "dtype": "float32", "verify_model": False, **options}
+    """Load in fp32 (unless told otherwise), without the probe; threads do not help tiny models."""
+    values = {
+        "model": str(directory),
+        "dtype": "float32",
+        "verify_model": False,
+        "num_threads": 1,
+        **options,
+    }
     return load_model(EngineConfig.from_mapping(values))
 
 

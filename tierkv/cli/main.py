@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.metadata
 import os
@@ -47,7 +48,9 @@ def run(arguments: Sequence[str]) -> int:
         _, extras = parser.parse_known_args(list(arguments))
         parser.refuse(extras)
     if name not in COMMANDS:
-        parser.error(f"unknown command {name!r}; choose one of {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(name, list(COMMANDS), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        parser.error(f"unknown command {name!r}; {hint}")
     command = importlib.import_module(f"tierkv.cli.{name}")
     command_parser: Parser = command.make_parser()
     namespace, extras = command_parser.parse_known_args(rest)

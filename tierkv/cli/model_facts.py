@@ -66,6 +66,7 @@ def read_facts(name: str) -> ModelFacts:
         source = f"{num_parameters:,} parameters in {weight_dtype(shape)}"
         return facts_of(name, shape, size, source)
     config = read_json(path)
+    KVLayout.from_config(config, block_size=16, dtype=weight_dtype(config))  # refuse early
     size, source = weights_of(path, config)
     return facts_of(name, config, size, source)
 
@@ -124,13 +125,21 @@ def tensor_bytes(path: Path) -> int:
 
 
 def count_parameters(config_path: Path) -> int:
-    """Parameters of the architecture; the model is built without memory for them."""
+    """Parameters of the architecture; the model is built without memory for them.
+
+    Raises:
+        ConfigError: transformers cannot build it.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(str(config_path))
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(str(config_path))
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # each architecture has its own complaints
+        fix = f"transformers cannot build this model: {error}"
+        raise ConfigError("model", str(config_path), fix) from error
     return sum(parameter.numel() for parameter in model.parameters())
 
 

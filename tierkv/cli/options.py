@@ -39,6 +39,10 @@ class Parser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
 
+    def error(self, message: str) -> NoReturn:
+        """Exit with one line instead of all flags."""
+        self.exit(USAGE_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
     def refuse(self, extras: list[str]) -> NoReturn:
         """Exit because of arguments that nothing took."""
         flag = next((extra for extra in extras if extra.startswith("-")), None)

@@ -173,12 +173,12 @@ def notes(facts: ModelFacts, layout: KVLayout, options: PlanOptions) -> list[str
     windows = [window for window in layout.windows if window is not None]
     if windows and layout.common_window is None:
         found.append(
-            f"{len(windows)} of {layout.num_layers} layers see a window of {max(windows)} tokens"
+            f"{len(windows)} of {layout.num_layers} layers see a window of {max(windows):,} tokens"
             " only; blocks hold all layers, so all blocks of a sequence are kept."
         )
     elif windows:
         found.append(
-            f"every layer sees a window of at most {max(windows)} tokens: blocks behind it are"
+            f"every layer sees a window of at most {max(windows):,} tokens: blocks behind it are"
             " freed while a sequence runs, so longer sequences need less than shown."
         )
     if options.gpu_memory is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tierkv.config import EngineConfig
@@ -145,7 +146,7 @@ def _build(
             output_loading_info=True,
             **common,
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         fix = f"its weights cannot be read ({str(error).strip().splitlines()[0]})"
         raise ConfigError("model", config.model, fix) from error
     if info["missing_keys"]:

@@ -94,6 +94,8 @@ def trace_layers(model: PreTrainedModel) -> list[LayerFacts]:
         UnsupportedModelError: the layers cannot be served from a paged cache, and why.
     """
     name = type(model).__name__
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise _refusal(name, "its forward takes no position_ids, so rows cannot be packed")
     model.set_attn_implementation(IMPLEMENTATION)
     tokens = torch.arange(1, _NUM_TOKENS + 1, device=model.device).unsqueeze(0)
     kwargs = {"tierkv_step": True} if takes_kwargs(model) else {}
@@ -107,7 +109,8 @@ def trace_layers(model: PreTrainedModel) -> list[LayerFacts]:
     if not trace.calls:
         raise _refusal(name, "its attention layers bypass transformers' AttentionInterface")
     facts = [_facts(name, call, trace.rules) for call in trace.calls]
-    return _check_order(name, sorted(facts, key=lambda fact: fact.index))
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    return _check_layers(name, sorted(facts, key=lambda fact: fact.index), num_layers)
 
 
 def takes_kwargs(model: nn.Module) -> bool:
@@ -212,11 +215,12 @@ def _reach(name: str, index: int, rule: Callable[..., Any], position: int) -> in
     return count
 
 
-def _check_order(name: str, facts: list[LayerFacts]) -> list[LayerFacts]:
+def _check_layers(name: str, facts: list[LayerFacts], num_layers: int) -> list[LayerFacts]:
     """Every layer once, and all of one shape: what one pool can hold."""
-    if [fact.index for fact in facts] != list(range(len(facts))):
-        indices = [fact.index for fact in facts]
-        raise _refusal(name, f"its attention layers run as {indices}, not each once")
+    indices = [fact.index for fact in facts]
+    if indices != list(range(num_layers)):
+        reason = f"its {num_layers} layers call for attention as {indices}, not each once"
+        raise _refusal(name, reason)
     shapes = {(fact.num_kv_heads, fact.key_dim, fact.value_dim) for fact in facts}
     if len(shapes) > 1:
         raise _refusal(name, f"its layers' KV differ in (heads, key, value) size: {sorted(shapes)}")
