@@ -103,7 +103,7 @@ def measure_match(length: int, repeats: int) -> float:
     times = []
     for i in range(repeats):
         core.add_request(EngineRequest(f"m{i}", list(tokens), SamplingParams(max_tokens=1)))
-        seq = core.scheduler.waiting[0][2]
+        seq = next(iter(core.scheduler.waiting))
         start = time.perf_counter()
         match = core.cache.lookup(seq)
         times.append((time.perf_counter() - start) * 1e3)

@@ -54,7 +54,7 @@ static void push_split(const Args *a, Plan *plan, Item item) {
     }
 }
 
-static int is_few(int64_t rows) { return rows <= FEW_LIMIT; }
+static int is_few(int64_t rows) { return rows <= FEW_ROWS; }
 
 /* The keys that any of the item's rows sees. */
 static void set_keys(const Args *a, Item *item) {

@@ -80,7 +80,8 @@ def test_sequences_and_scores_are_transformers(
         assert [s.token_ids for s in output.sequences] == rows
         assert [s.score for s in output.sequences] == pytest.approx(scores, abs=1e-4)
         for s in output.sequences:
-            assert s.finish_reason == ("stop" if s.token_ids[-1] == EOS_ID else "length")
+            has_ended = s.token_ids[-1] == EOS_ID and not ignore_eos
+            assert s.finish_reason == ("stop" if has_ended else "length")
             length = len(s.token_ids) ** length_penalty
             assert s.score == pytest.approx(s.cumulative_logprob / length)
     assert llm.metrics()["gpu_blocks_used"] == 0

@@ -49,7 +49,7 @@ engines = st.fixed_dictionaries(
     }
 )
 relaxed = settings(
-    max_examples=int(os.environ.get("TIERKV_EXAMPLES", "250")),
+    max_examples=int(os.environ.get("TIERKV_EXAMPLES", "120")),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     derandomize=True,

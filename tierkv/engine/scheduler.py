@@ -9,22 +9,21 @@ advances counts, so `commit` of one step may follow `plan` of the next.
 from __future__ import annotations
 
 import itertools
-from bisect import insort
 from collections.abc import Iterable
 
 from tierkv.cache.tiered_cache import CopyBatch, Lookup, Match, TieredCache
 from tierkv.engine.outputs import RequestMetrics, SequenceOutput
 from tierkv.engine.plan import Plan, PlanRow
 from tierkv.engine.request import Request, SeqState, Sequence
+from tierkv.engine.waiting import WaitingQueue
 from tierkv.errors import CapacityError, InvariantError, RequestError
 from tierkv.metrics import Metrics
-from tierkv.policies.order import OrderPolicy, Rank, WaitingView
+from tierkv.policies.order import OrderPolicy
 from tierkv.policies.victim import RunningView, VictimPolicy
 from tierkv.protocols import Clock
 from tierkv.types import FinishReason, PositionLogprobs, RowResult, SampledToken
 
 _WATERMARK = 0.01  # share of the pool left free when admitting beside running sequences
-_MAX_RANKED = 256  # waiting sequences that are ranked anew each step; beyond, by arrival
 
 
 class Scheduler:
@@ -56,9 +55,8 @@ class Scheduler:
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.metrics = metrics
         self.running: dict[int, Sequence] = {}
-        self.waiting: list[tuple[Rank, int, Sequence]] = []
+        self.waiting = WaitingQueue(order, lambda seq: cache.lookup(seq).num_tokens)
         self.requests: dict[str, Request] = {}
-        self._order = order
         self._victim = victim
         self._clock = clock
         self._seq_ids = itertools.count()
@@ -73,7 +71,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Something could be planned now or once another sequence moves on."""
-        return any(not seq.is_paused for _, _, seq in self.waiting) or any(
+        return any(not seq.is_paused for seq in self.waiting) or any(
             seq.num_to_compute or seq.num_inflight for seq in self.running.values()
         )
 
@@ -92,7 +90,7 @@ class Scheduler:
         seq = Sequence(next(self._seq_ids), request, 0, list(request.prompt_token_ids))
         request.sequences.append(seq)
         self.requests[request.request_id] = request
-        self._enqueue(seq)
+        self.waiting.add(seq)
 
     def _check_capacity(self, request: Request) -> None:
         prompt = len(request.prompt_token_ids)
@@ -118,12 +116,13 @@ class Scheduler:
 
     def finish_sequence(self, seq: Sequence, reason: FinishReason) -> None:
         """End one sequence and free what it holds."""
-        if seq.state is SeqState.WAITING:
-            self.waiting = [item for item in self.waiting if item[2] is not seq]
+        was_waiting = seq.state is SeqState.WAITING
         self.running.pop(seq.seq_id, None)
         self.cache.release(seq)
         seq.finish_reason = reason
         seq.move_to(SeqState.FINISHED)
+        if was_waiting:
+            self.waiting.drop_departed()
         self._finished.append(seq)
         self.metrics.sequence_finished(reason)
         request = seq.request
@@ -187,7 +186,7 @@ class Scheduler:
         seq.epoch += 1
         seq.request.num_preemptions += 1
         seq.move_to(SeqState.WAITING)
-        self._enqueue(seq)
+        self.waiting.add(seq)
         self.metrics.preemptions += 1
 
     def _plan_decodes(self, plan: Plan) -> list[Sequence]:
@@ -261,10 +260,9 @@ class Scheduler:
         """Admit waiting sequences in order until one does not fit."""
         if not self.waiting or len(self.running) >= self.max_num_seqs:
             return
-        if self._order.uses_match and len(self.waiting) <= _MAX_RANKED:
-            self._rank_again()
+        self.waiting.rank_again()
         slots = self.max_num_seqs - self._num_promised()
-        for _, _, seq in self.waiting:
+        for seq in self.waiting:
             if plan.num_tokens >= self.max_num_batched_tokens or slots < self._num_future(seq):
                 break
             if not self._is_admissible(seq):
@@ -277,7 +275,7 @@ class Scheduler:
                 break
             slots -= self._num_future(seq)
             self._plan_chunk(plan, seq)
-        self.waiting = [item for item in self.waiting if item[2].state is SeqState.WAITING]
+        self.waiting.drop_departed()
 
     def _is_admissible(self, seq: Sequence) -> bool:
         """Not undecided, and not waiting for a block that another is still computing."""
@@ -327,27 +325,6 @@ class Scheduler:
             self.metrics.hit_tokens += request.num_cached_tokens
         else:
             self.metrics.recomputed_tokens += seq.num_tokens - match.num_tokens
-
-    def _enqueue(self, seq: Sequence) -> None:
-        rank = self._order.rank(self._waiting_view(seq, 0))
-        insort(self.waiting, (rank, seq.seq_id, seq), key=lambda item: item[:2])
-
-    def _rank_again(self) -> None:
-        ranked = [
-            (
-                self._order.rank(self._waiting_view(seq, self.cache.lookup(seq).num_tokens)),
-                seq_id,
-                seq,
-            )
-            for _, seq_id, seq in self.waiting
-        ]
-        self.waiting = sorted(ranked, key=lambda item: item[:2])
-
-    def _waiting_view(self, seq: Sequence, num_matched: int) -> WaitingView:
-        request = seq.request
-        return WaitingView(
-            request.arrival_s, seq.seq_id, request.priority, seq.num_tokens, num_matched
-        )
 
     # ------------------------------------------------------------------ commit
 
@@ -448,7 +425,7 @@ class Scheduler:
             child.scheduled_order = next(self._admissions)
             self.running[child.seq_id] = child
         else:
-            self._enqueue(child)
+            self.waiting.add(child)
         return child
 
     def fork(self, seq: Sequence, token_id: int) -> Sequence:

@@ -32,6 +32,12 @@ def rope_parameters(config: Any) -> dict[str, Any]:
     return dict(found)
 
 
+def rope_kind(config: Any) -> str:
+    """`default`, `linear`, `yarn`, `llama3`, `longrope`, ..."""
+    rope = rope_parameters(config)
+    return str(rope.get("rope_type", rope.get("type", "default")))
+
+
 def max_positions(config: Any) -> int:
     """The longest context the config was made for, rope scaling included.
 
@@ -40,21 +46,23 @@ def max_positions(config: Any) -> int:
     neighbours, and no cached key could be reused.
     """
     text = text_config(config)
-    lengths = [getattr(text, name, None) for name in _LENGTH_FIELDS]
-    length = next((value for value in lengths if isinstance(value, int) and value > 0), None)
-    if length is None:
+    lengths: list[Any] = [getattr(text, name, None) for name in _LENGTH_FIELDS]
+    known = [value for value in lengths if isinstance(value, int) and value > 0]
+    if not known:
         return _UNBOUNDED
+    length: int = known[0]
     rope = rope_parameters(config)
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    kind = rope_kind(config)
     original = rope.get("original_max_position_embeddings")
     if original is None:
         original = getattr(text, "original_max_position_embeddings", None)
     if kind in _LENGTH_DEPENDENT:
         return int(original or length)
+    factor = float(rope.get("factor", 1.0))
     if kind == "linear":
-        return int(length * rope.get("factor", 1.0))
+        return int(length * factor)
     if kind == "yarn" and original:
-        return max(length, math.floor(original * rope.get("factor", 1.0)))
+        return max(length, math.floor(original * factor))
     return length
 
 

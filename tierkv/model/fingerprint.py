@@ -13,13 +13,18 @@ _LANES = 512
 _IGNORED = frozenset({"_name_or_path", "name_or_path", "transformers_version", "torch_dtype"})
 
 
-def model_fingerprint(model: nn.Module, config: Any, dtype: str) -> bytes:
-    """16 bytes over the config (rope, attention, quantisation), the dtype and every weight.
+def model_fingerprint(model: nn.Module, config: Any, variant: str) -> bytes:
+    """16 bytes over the config (rope, attention, quantisation), a variant and every weight.
 
     Weights count by content, not by file, so the same model has the same fingerprint wherever its
     files lie and whatever device it runs on. Each is read once, at memory speed.
+
+    Args:
+        model: with its weights as they were loaded.
+        config: its Hugging Face config.
+        variant: what else was chosen when loading: dtype, positions.
     """
-    digest = hashlib.blake2b(b"tierkv model 1|" + dtype.encode(), digest_size=16)
+    digest = hashlib.blake2b(b"tierkv model 1|" + variant.encode(), digest_size=16)
     digest.update(json.dumps(_plain(config.to_dict()), sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"|{name}|{weight.dtype}|{tuple(weight.shape)}|".encode())

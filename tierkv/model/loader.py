@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tierkv.config import EngineConfig
 from tierkv.errors import ConfigError, UnsupportedModelError
-from tierkv.model import attention, facts, trace
+from tierkv.model import attention, facts, rope, trace
 from tierkv.model.fingerprint import model_fingerprint
 from tierkv.model.loaded import LoadedModel, dtype_name
 from tierkv.model.probe import verify_model
@@ -36,8 +36,10 @@ def load_model(config: EngineConfig) -> LoadedModel:
     hf_config = load_config(config, source)
     device = _device(config)
     dtype = _dtype(config, hf_config, device)
-    model = _build(config, source, hf_config, dtype).to(device).eval()
-    fingerprint = model_fingerprint(model, hf_config, dtype_name(dtype))
+    model = _build(config, source, hf_config, dtype).to(device).eval().requires_grad_(False)
+    max_model_len = rope.fix_length(model, hf_config, config.max_model_len)
+    variant = f"{dtype_name(dtype)}, {max_model_len} positions"
+    fingerprint = model_fingerprint(model, hf_config, variant)
     layers = trace.trace_layers(model)
     model.set_attn_implementation(attention.IMPLEMENTATION)
     directory = Path(source) if Path(source).is_dir() else None
@@ -48,7 +50,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         device=device,
         dtype=dtype,
         layers=layers,
-        max_model_len=facts.max_positions(hf_config),
+        max_model_len=max_model_len,
         eos_token_ids=facts.eos_token_ids(hf_config, directory),
         vocab_size=_vocab_size(model),
         fingerprint=fingerprint,
@@ -96,10 +98,9 @@ def _has_own_code(hf_config: Any) -> bool:
 def _model_class(hf_config: Any) -> type[Any] | None:
     """The class AutoModelForCausalLM would build, or None."""
     mapping = AutoModelForCausalLM._model_mapping
-    if type(hf_config) not in mapping:
-        return None
-    found = mapping[type(hf_config)]
-    return found[0] if isinstance(found, (tuple, list)) else found
+    found: Any = mapping.get(type(hf_config), None)
+    classes: list[type[Any]] = list(found) if isinstance(found, (tuple, list)) else [found]
+    return classes[0]
 
 
 def _device(config: EngineConfig) -> torch.device:
@@ -137,8 +138,10 @@ def _build(
     if config.load_format == "dummy":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return AutoModelForCausalLM.from_config(hf_config, **common)  # type: ignore[no-any-return]
+            dummy: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config, **common)
+            return dummy
     try:
+        model: PreTrainedModel
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=hf_config,
@@ -153,7 +156,7 @@ def _build(
         missing = sorted(info["missing_keys"])
         fix = f"its files lack {len(missing)} weights ({', '.join(missing[:3])}, ...)"
         raise ConfigError("model", config.model, fix)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _vocab_size(model: PreTrainedModel) -> int:

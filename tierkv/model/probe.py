@@ -145,7 +145,7 @@ def _step(
         meta=meta,
         logit_rows=torch.arange(sum(lens), device=device),
     )
-    return runner.forward(inputs).split(lens)
+    return torch.split(runner.forward(inputs), lens)
 
 
 def _largest_difference(expected: list[Tensor], found: list[Tensor]) -> float:

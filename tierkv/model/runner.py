@@ -16,7 +16,8 @@ from tierkv.model.inputs import BlockTables, StepInputs, pack_rows
 from tierkv.model.loaded import LoadedModel
 
 if TYPE_CHECKING:
-    from tierkv.engine.plan import BlockCopy, Plan
+    from tierkv.engine.plan import Plan
+    from tierkv.types import BlockCopy
 
 
 class ModelRunner:
@@ -81,7 +82,8 @@ class ModelRunner:
                 logits = self.loaded.model(**kwargs).logits[0]
         if not self._selects_logits:
             logits = logits[inputs.logit_rows]
-        return logits.float()
+        result: Tensor = logits.float()
+        return result
 
     def _copy(self, copies: list[BlockCopy]) -> None:
         if not copies:

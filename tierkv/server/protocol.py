@@ -173,6 +173,9 @@ class CompletionBody(GenerationBody):
             raise RequestError("best_of", self.best_of, "is not served: leave it out or give n")
         return self
 
+    def public_name(self, field: str) -> str:
+        return "prompt" if field == "prompt_token_ids" else field
+
     @property
     def is_score_only(self) -> bool:
         """Nothing is to be generated: the prompt and its log-probabilities are the answer."""

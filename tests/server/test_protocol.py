@@ -1,0 +1,114 @@
+"""Bodies become sampling parameters; what is not served is refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tierkv.engine.sampling_params import SamplingParams
+from tierkv.errors import RequestError
+from tierkv.server.protocol import NOT_SERVED, ChatBody, CompletionBody, parse_body
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def completion(**fields: Any) -> CompletionBody:
+    return parse_body(json.dumps({"prompt": "x", **fields}).encode(), CompletionBody)
+
+
+def chat(**fields: Any) -> ChatBody:
+    return parse_body(json.dumps({"messages": MESSAGES, **fields}).encode(), ChatBody)
+
+
+def test_defaults_are_those_of_openai() -> None:
+    assert completion().params() == SamplingParams(max_tokens=16)
+    assert chat().params() == SamplingParams(max_tokens=None)
+
+
+def test_every_sampling_field_arrives() -> None:
+    fields: dict[str, Any] = {
+        "n": 2,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 7,
+        "min_p": 0.1,
+        "presence_penalty": 0.2,
+        "frequency_penalty": -0.2,
+        "repetition_penalty": 1.1,
+        "seed": 3,
+        "stop": ["a", "b"],
+        "stop_token_ids": [4],
+        "ignore_eos": True,
+        "max_tokens": 9,
+        "min_tokens": 2,
+        "prompt_logprobs": 1,
+        "logit_bias": {"5": -1.5},
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
+        "include_stop_str_in_output": True,
+    }
+    expected = SamplingParams(**{**fields, "logit_bias": {5: -1.5}})
+    assert completion(**fields).params() == expected
+    assert chat(**fields).params() == expected
+
+
+def test_null_means_not_given() -> None:
+    names = [*CompletionBody.model_fields, *NOT_SERVED]
+    nulls = {name: None for name in names if name not in ("prompt", "priority")}
+    assert completion(**nulls).params() == SamplingParams(max_tokens=16)
+
+
+@pytest.mark.parametrize("name", NOT_SERVED)
+def test_what_is_not_served_is_refused_by_name(name: str) -> None:
+    with pytest.raises(RequestError, match="is not served") as caught:
+        chat(**{name: {"something": "real"}})
+    assert caught.value.field == name
+
+
+def test_max_completion_tokens_wins() -> None:
+    assert chat(max_tokens=5, max_completion_tokens=7).params().max_tokens == 7
+    assert chat(max_tokens=5).params().max_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("value", "prompts"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+        (["a", [1]], ["a", [1]]),
+    ],
+)
+def test_prompt_forms(value: Any, prompts: list[Any]) -> None:
+    assert completion(prompt=value).prompts() == prompts
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+field_names = st.sampled_from([*CompletionBody.model_fields, *ChatBody.model_fields, *NOT_SERVED])
+
+
+@given(st.dictionaries(field_names | st.text(max_size=4), json_values, max_size=5))
+def test_any_body_is_taken_or_refused_with_a_field(values: dict[str, Any]) -> None:
+    for kind in (CompletionBody, ChatBody):
+        try:
+            body = parse_body(json.dumps(values).encode(), kind)
+            assert isinstance(body.params(), SamplingParams)
+        except RequestError as error:
+            assert error.field
+
+
+@given(st.binary(max_size=40))
+def test_any_bytes_are_taken_or_refused(raw: bytes) -> None:
+    with pytest.raises(RequestError):
+        parse_body(raw, ChatBody)  # no forty random bytes make a conversation
