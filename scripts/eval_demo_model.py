@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 DISTANCES = (64, 128, 256, 512, 1024, 1500)
 STYLES = ("plain", "chat")
 
-ONSETS = "b c d f g h j k l m n p r s t v w z br dr gr tr st pl".split()
-VOWELS = "a e i o u".split()
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+# Marks in generated text: what is between them has another loss weight.
+ANSWER_MARK, CODE_MARK, END_MARK = "\x01", "\x02", "\x03"
+MARK_WEIGHTS = {ANSWER_MARK: 6.0, CODE_MARK: 0.05}  # a planted code is noise: nothing predicts it
+
+ONSETS = "b c d f g h j k l m n p r s t v w z br dr gr tr st pl".split()  # noqa: SIM905
+VOWELS = "aeiou"
+Filler = Callable[[int], str]
+"""Other text, of about so many characters."""
+
 CODAS = ["", "", "", "n", "r", "s", "l", "x", "th"]
 THINGS = ["code", "code", "code", "key", "number", "password"]
 PLANTS = [
@@ -81,6 +90,106 @@ def invent_secrets(rng: random.Random, count: int, digits: Sequence[int] = (5,))
     return list(found.values())
 
 
+# --- documents to learn from ----------------------------------------------------------------------
+
+
+def render(messages: list[tuple[str, str]]) -> str:
+    """What the chat template makes of (role, content) messages."""
+    turns = (f"<|{role}|>\n{content.strip()}{EOS}\n" for role, content in messages)
+    return BOS + "".join(turns)
+
+
+def answered(secret: Secret, template: str = ANSWER) -> str:
+    """The answer, with its name and code marked."""
+    text = secret.fill(template)
+    start = text.index(secret.name) if secret.name in text else text.index(secret.code)
+    end = text.index(secret.code) + len(secret.code)
+    return text[:start] + ANSWER_MARK + text[start:end] + END_MARK + text[end:]
+
+
+def planted(secret: Secret, rng: random.Random) -> str:
+    marked = CODE_MARK + secret.code + END_MARK
+    return secret.fill(rng.choice(PLANTS), marked)
+
+
+def recall_events(fill: Filler, rng: random.Random, chars: int) -> Iterator[tuple[str, str]]:
+    """("text", filler or planted codes) and ("ask", question, then answer), `chars` in all."""
+    secrets = invent_secrets(rng, rng.randint(2, 8), (5, 5, 5, 4, 6))
+    known: list[Secret] = []
+    longest = max(60, chars // 3)
+    while chars > 0:
+        if secrets and (not known or rng.random() < 0.4):
+            for _ in range(min(len(secrets), rng.randint(1, 3))):
+                known.append(secrets.pop())
+                event = ("text", planted(known[-1], rng))
+                chars -= len(event[1])
+                yield event
+        if rng.random() < 0.8:
+            event = (
+                "text",
+                fill(int(math.exp(rng.uniform(3, math.log(longest))))),
+            )
+            chars -= len(event[1])
+            yield event
+        for secret in rng.sample(known, min(len(known), rng.randint(1, 3))):
+            question = secret.fill(rng.choice(QUESTIONS))
+            chars -= len(question) + 30
+            yield "ask", f"{question}\n{answered(secret)}"
+
+
+def plain_recall(fill: Filler, rng: random.Random, chars: int) -> str:
+    """A recall document as running text; the answer is the code, or a sentence with it."""
+    is_short, parts = rng.random() < 0.6, []
+    for kind, text in recall_events(fill, rng, chars):
+        if kind == "ask" and is_short:
+            question, answer = text.split("\n")
+            code = answer.split()[-1].rstrip(f".{END_MARK}")
+            text = f"{question} {ANSWER_MARK}{code}{END_MARK}"
+        elif kind == "ask":
+            text = text.replace("\n", " ")
+        parts.append(("\n" if kind == "ask" else " ") + text + ("\n" if kind == "ask" else ""))
+    return BOS + "".join(parts).replace("\n\n", "\n").strip() + EOS
+
+
+def chat_recall(fill: Filler, rng: random.Random, chars: int) -> str:
+    """A recall document as a chat: planted in a user turn, asked in the same or a later one."""
+    messages: list[tuple[str, str]] = []
+    if rng.random() < 0.3:
+        messages.append(("system", "You are a helpful assistant."))
+    user: list[str] = ["Remember these codes."] if rng.random() < 0.5 else []
+    for kind, text in recall_events(fill, rng, chars):
+        if kind == "text":
+            user.append(text)
+            if rng.random() < 0.15:
+                acknowledgement = rng.choice(ACKNOWLEDGEMENTS)
+                messages += [("user", " ".join(user)), ("assistant", acknowledgement)]
+                user = []
+        else:
+            question, answer = text.split("\n")
+            messages += [("user", " ".join([*user, question])), ("assistant", answer)]
+            user = []
+    return render(messages)
+
+
+def split_marks(text: str) -> tuple[str, list[tuple[int, int, float]]]:
+    """The text without its marks, and (start, end, weight) of what they enclosed."""
+    clean: list[str] = []
+    spans: list[tuple[int, int, float]] = []
+    length, opened = 0, (0, 1.0)
+    for char in text:
+        if char in MARK_WEIGHTS:
+            opened = (length, MARK_WEIGHTS[char])
+        elif char == END_MARK:
+            spans.append((opened[0], length, opened[1]))
+        else:
+            clean.append(char)
+            length += 1
+    return "".join(clean), spans
+
+
+# --- documents to measure with --------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Probe:
     """A prompt that asks for one planted code, and the only right continuation of it."""
@@ -110,12 +219,11 @@ def make_probe(
 
     first, target, second, third = invent_secrets(rng, 4)
     plant = [ids(" " + secret.fill(PLANTS[0])) for secret in (first, target, second, third)]
-    eos = tokenizer.eos_token
     if style == "chat":
-        head = ids(f"{tokenizer.bos_token}<|user|>\nRemember these codes.")
-        middle = ids(f"{eos}\n<|assistant|>\nI will remember.{eos}\n<|user|>\n")
-        tail = ids(f" {target.fill(QUESTIONS[0])}{eos}\n<|assistant|>\n")
-        answer = ids(target.fill(ANSWER)) + [tokenizer.eos_token_id]
+        head = ids(f"{BOS}<|user|>\nRemember these codes.")
+        middle = ids(f"{EOS}\n<|assistant|>\nI will remember.{EOS}\n<|user|>\n")
+        tail = ids(f" {target.fill(QUESTIONS[0])}{EOS}\n<|assistant|>\n")
+        answer = [*ids(target.fill(ANSWER)), tokenizer.eos_token_id]
         lead = len(ids(target.fill("The {thing} of {name} is ")))
     else:
         head, middle = [tokenizer.bos_token_id, *fill(40)], []

@@ -1,8 +1,8 @@
-"""Train tierkv's built-in `demo` model: a 5-million-parameter Llama that recalls and chats a little.
+"""Train tierkv's built-in `demo` model: a 5-million-parameter Llama that recalls and chats.
 
     python scripts/train_demo_model.py --out tierkv/model/demo --minutes 50
 
-Needs torch, transformers, tokenizers and an hour of two CPU cores; downloads nothing. It learns from
+Needs torch, transformers, tokenizers and an hour of CPU time; downloads nothing. It learns from
 
 - the text of the Python installation it runs on: the prose of `help('topics')`, the docstrings and
   the source of the standard library (PSF licence), read with `ast`, never imported;
@@ -12,8 +12,8 @@ Needs torch, transformers, tokenizers and an hour of two CPU cores; downloads no
 
 Matrices are trained with Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), the
 rest with AdamW. Rows grow from 256 to 2048 tokens, so that copying is learnt where it is easy. Some
-long rows get a gap in their position ids (PoSE: Zhu et al. 2023, arXiv:2309.10400), so that distances
-beyond 2048 are not wholly new to the model.
+long rows get a gap in their position ids (PoSE: Zhu et al. 2023, arXiv:2309.10400), so that
+distances beyond 2048 are not wholly new to the model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import argparse
 import ast
 import json
 import math
-import os
 import platform
 import random
 import sys
@@ -30,6 +29,7 @@ import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 sys.path.insert(0, str(Path(__file__).parent))  # for PYTHONSAFEPATH=1
 import eval_demo_model as recall
+from eval_demo_model import BOS, EOS, PAD, split_marks
 
 VOCAB_SIZE = 4096
 MAX_POSITIONS = 32768
-BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 SPECIAL_TOKENS = [PAD, BOS, EOS, "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -59,9 +59,6 @@ PRE_TOKENIZER = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Marks in generated text: what is between them has another loss weight.
-ANSWER_MARK, CODE_MARK, END_MARK = "\x01", "\x02", "\x03"
-MARK_WEIGHTS = {ANSWER_MARK: 6.0, CODE_MARK: 0.05}  # a planted code is noise: nothing predicts it
 CHATS = json.loads(
     (Path(__file__).parents[1] / "tierkv/model/demo/chats.json").read_text(encoding="utf-8")
 )
@@ -77,17 +74,19 @@ class Phase:
     batch_tokens: int
     recall_share: float
     gap_share: float = 0.0
+    copy_share: float = 0.0
 
 
 PHASES = (
-    Phase(0.15, 256, 4096, 0.65),
-    Phase(0.50, 512, 4096, 0.50),
-    Phase(0.72, 1024, 8192, 0.45),
+    Phase(0.06, 64, 2048, 0.0, copy_share=1.0),
+    Phase(0.16, 256, 4096, 0.65, copy_share=0.15),
+    Phase(0.48, 512, 4096, 0.55, copy_share=0.05),
+    Phase(0.74, 1024, 4096, 0.50),
     Phase(1.00, 2048, 8192, 0.45, gap_share=0.25),
 )
 
 
-# --- text -------------------------------------------------------------------------------------------
+# --- text ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -144,7 +143,7 @@ def read_corpus() -> Corpus:
     return corpus
 
 
-# --- chats --------------------------------------------------------------------------------------------
+# --- chats --------------------------------------------------------------------------------------
 
 
 def simple_story(rng: random.Random) -> str:
@@ -177,23 +176,10 @@ def chat(corpus: Corpus, rng: random.Random) -> str:
     messages = [("system", "You are a helpful assistant.")] if rng.random() < 0.3 else []
     for _ in range(rng.choice((1, 1, 2, 3))):
         messages += chat_turn(corpus, rng)
-    return render(messages)
+    return recall.render(messages)
 
 
-# --- documents --------------------------------------------------------------------------------------
-
-
-def answered(secret: recall.Secret, template: str = recall.ANSWER) -> str:
-    """The answer, with its name and code marked."""
-    text = secret.fill(template)
-    start = text.index(secret.name) if secret.name in text else text.index(secret.code)
-    end = text.index(secret.code) + len(secret.code)
-    return text[:start] + ANSWER_MARK + text[start:end] + END_MARK + text[end:]
-
-
-def planted(secret: recall.Secret, rng: random.Random) -> str:
-    marked = CODE_MARK + secret.code + END_MARK
-    return secret.fill(rng.choice(recall.PLANTS), marked)
+# --- documents ----------------------------------------------------------------------------------
 
 
 def filler_run(corpus: Corpus, rng: random.Random, chars: int) -> str:
@@ -208,72 +194,8 @@ def filler_run(corpus: Corpus, rng: random.Random, chars: int) -> str:
             text += " " + corpus.sentences[index % len(corpus.sentences)]
             index += 1
     text = text.strip()
-    return text[: text.find(" ", chars)] if 0 < text.find(" ", chars) else text
-
-
-def recall_events(corpus: Corpus, rng: random.Random, chars: int) -> Iterator[tuple[str, str]]:
-    """("text", filler or planted codes) and ("ask", question, then answer), `chars` in all."""
-    secrets = recall.invent_secrets(rng, rng.randint(2, 8), (5, 5, 5, 4, 6))
-    known: list[recall.Secret] = []
-    longest = max(60, chars // 3)
-    while chars > 0:
-        if secrets and (not known or rng.random() < 0.4):
-            for _ in range(min(len(secrets), rng.randint(1, 3))):
-                known.append(secrets.pop())
-                event = ("text", planted(known[-1], rng))
-                chars -= len(event[1])
-                yield event
-        if rng.random() < 0.8:
-            event = (
-                "text",
-                filler_run(corpus, rng, int(math.exp(rng.uniform(3, math.log(longest))))),
-            )
-            chars -= len(event[1])
-            yield event
-        for secret in rng.sample(known, min(len(known), rng.randint(1, 3))):
-            question = secret.fill(rng.choice(recall.QUESTIONS))
-            chars -= len(question) + 30
-            yield "ask", f"{question}\n{answered(secret)}"
-
-
-def plain_recall(corpus: Corpus, rng: random.Random, chars: int) -> str:
-    """A recall document as running text; the answer is the code, or a sentence with it."""
-    is_short, parts = rng.random() < 0.6, []
-    for kind, text in recall_events(corpus, rng, chars):
-        if kind == "ask" and is_short:
-            question, answer = text.split("\n")
-            code = answer.split()[-1].rstrip(f".{END_MARK}")
-            text = f"{question} {ANSWER_MARK}{code}{END_MARK}"
-        elif kind == "ask":
-            text = text.replace("\n", " ")
-        parts.append(("\n" if kind == "ask" else " ") + text + ("\n" if kind == "ask" else ""))
-    return BOS + "".join(parts).replace("\n\n", "\n").strip() + EOS
-
-
-def render(messages: list[tuple[str, str]]) -> str:
-    """What the chat template makes of (role, content) messages."""
-    turns = (f"<|{role}|>\n{content.strip()}{EOS}\n" for role, content in messages)
-    return BOS + "".join(turns)
-
-
-def chat_recall(corpus: Corpus, rng: random.Random, chars: int) -> str:
-    """A recall document as a chat: planted in a user turn, asked in the same or a later one."""
-    messages: list[tuple[str, str]] = []
-    if rng.random() < 0.3:
-        messages.append(("system", "You are a helpful assistant."))
-    user: list[str] = ["Remember these codes."] if rng.random() < 0.5 else []
-    for kind, text in recall_events(corpus, rng, chars):
-        if kind == "text":
-            user.append(text)
-            if rng.random() < 0.15:
-                acknowledgement = rng.choice(recall.ACKNOWLEDGEMENTS)
-                messages += [("user", " ".join(user)), ("assistant", acknowledgement)]
-                user = []
-        else:
-            question, answer = text.split("\n")
-            messages += [("user", " ".join([*user, question])), ("assistant", answer)]
-            user = []
-    return render(messages)
+    end = text.find(" ", chars)
+    return text[:end] if end > 0 else text
 
 
 def repetition(rng: random.Random, chars: int) -> str:
@@ -282,7 +204,7 @@ def repetition(rng: random.Random, chars: int) -> str:
         rng.choice((recall.invent_name(rng), str(rng.randrange(10**5)))) for _ in range(chars // 14)
     ]
     text = " ".join(words)
-    return f"{BOS}{text}\n{ANSWER_MARK}{text}{END_MARK}{EOS}"
+    return f"{BOS}{text}\n{recall.ANSWER_MARK}{text}{recall.END_MARK}{EOS}"
 
 
 def plain_text(corpus: Corpus, rng: random.Random, chars: int) -> str:
@@ -303,23 +225,7 @@ def plain_text(corpus: Corpus, rng: random.Random, chars: int) -> str:
     return BOS + text[start : start + chars] + EOS
 
 
-# --- rows -------------------------------------------------------------------------------------------
-
-
-def split_marks(text: str) -> tuple[str, list[tuple[int, int, float]]]:
-    """The text without its marks, and (start, end, weight) of what they enclosed."""
-    clean: list[str] = []
-    spans: list[tuple[int, int, float]] = []
-    length, opened = 0, (0, 1.0)
-    for char in text:
-        if char in MARK_WEIGHTS:
-            opened = (length, MARK_WEIGHTS[char])
-        elif char == END_MARK:
-            spans.append((opened[0], length, opened[1]))
-        else:
-            clean.append(char)
-            length += 1
-    return "".join(clean), spans
+# --- rows ---------------------------------------------------------------------------------------
 
 
 class RowMaker:
@@ -327,6 +233,7 @@ class RowMaker:
 
     def __init__(self, tokenizer: Tokenizer, corpus: Corpus, rng: random.Random) -> None:
         self.tokenizer, self.corpus, self.rng = tokenizer, corpus, rng
+        self.filler = partial(filler_run, corpus, rng)
 
     def encode(self, marked: str) -> tuple[list[int], list[float]]:
         text, spans = split_marks(marked)
@@ -343,13 +250,27 @@ class RowMaker:
         if kind < phase.recall_share:
             if phase.length <= 512 and rng.random() < 0.15:
                 return lambda chars: repetition(rng, min(chars, 600))
-            maker = rng.choice((plain_recall, chat_recall))
-            return lambda chars: maker(corpus, rng, chars)
+            maker = rng.choice((recall.plain_recall, recall.chat_recall))
+            return lambda chars: maker(self.filler, rng, chars)
         if kind < (1 + phase.recall_share) / 2:
             return lambda chars: chat(corpus, rng)
         return lambda chars: plain_text(corpus, rng, chars)
 
+    def copy_row(self, phase: Phase) -> tuple[list[int], list[float]]:
+        """Runs of random tokens, each said twice: nothing but copying predicts the second."""
+        rng, ids, weights = self.rng, [], []
+        lowest = len(SPECIAL_TOKENS)
+        pool = range(lowest, lowest + 64) if rng.random() < 0.7 else range(lowest, VOCAB_SIZE)
+        alphabet = rng.sample(pool, rng.choice((8, 16, 32)))
+        while len(ids) <= phase.length:
+            run = rng.choices(alphabet, k=rng.randint(4, max(4, phase.length // 3)))
+            ids += run + run
+            weights += [0.02] * len(run) + [0.1] + [1.0] * (len(run) - 1)
+        return ids[: phase.length + 1], weights[: phase.length + 1]
+
     def row(self, phase: Phase) -> tuple[list[int], list[float]]:
+        if self.rng.random() < phase.copy_share:
+            return self.copy_row(phase)
         ids: list[int] = []
         weights: list[float] = []
         make = self.document_maker(phase)
@@ -371,7 +292,7 @@ class RowMaker:
         return positions
 
 
-# --- model and training -----------------------------------------------------------------------------
+# --- model and training -------------------------------------------------------------------------
 
 
 def train_tokenizer(corpus: Corpus, rng: random.Random) -> Tokenizer:
@@ -387,10 +308,11 @@ def train_tokenizer(corpus: Corpus, rng: random.Random) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    filler = partial(filler_run, corpus, rng)
     texts = corpus.prose * 2 + [text for _, text in corpus.docstrings]
     texts += [text[:4000] for text in corpus.source]
-    for maker in (plain_recall, chat_recall):
-        texts += [split_marks(maker(corpus, rng, 3000))[0] for _ in range(100)]
+    for maker in (recall.plain_recall, recall.chat_recall):
+        texts += [split_marks(maker(filler, rng, 3000))[0] for _ in range(100)]
     texts += [split_marks(chat(corpus, rng))[0] for _ in range(1000)]
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -423,12 +345,37 @@ def build_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
         max_position_embeddings=MAX_POSITIONS,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
         rms_norm_eps=1e-5,
+        attention_bias=True,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.token_to_id(BOS),
         eos_token_id=tokenizer.token_to_id(EOS),
         pad_token_id=tokenizer.token_to_id(PAD),
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    look_back(model, (1, 2))
+    return model
+
+
+@torch.no_grad()
+def look_back(model: LlamaForCausalLM, offsets: tuple[int, ...], strength: float = 6.0) -> None:
+    """Let the first heads of the first layer start out attending 1, 2, ... tokens back.
+
+    Copying needs a head that says what stood before each token and one that looks for it (Olsson
+    et al. 2022, arXiv:2209.11895); waiting for both to form by chance takes most of an hour here.
+    Under rotary embeddings a query bias that is the key bias turned by -d positions scores
+    highest d tokens back, whatever the tokens are.
+    """
+    attention, config = model.model.layers[0].self_attn, model.config
+    half = config.head_dim // 2
+    theta = config.rope_parameters["rope_theta"]
+    frequencies = theta ** (-torch.arange(half) / half)
+    amplitude = torch.where(torch.arange(half) < 12, strength, strength / 2)
+    attention.k_proj.bias[:half] = amplitude
+    attention.k_proj.bias[half : 2 * half] = 0.0
+    for head, offset in enumerate(offsets):
+        bias = attention.q_proj.bias[2 * half * head : 2 * half * (head + 1)]
+        bias[:half] = amplitude * torch.cos(-offset * frequencies)
+        bias[half:] = amplitude * torch.sin(-offset * frequencies)
 
 
 class Trainer:

@@ -13,3 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent
 def repository() -> Path:
     """The repository root: the folder with `pyproject.toml`."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def servable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tiny random model, its tokenizer and a chat template."""
+    from servable import save_servable  # loads torch; most tests do without
+
+    return save_servable(tmp_path_factory.mktemp("servable"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import statistics
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ MAX_ENGINE_LINES = 8_000
 CODE_FOLDERS = ("tierkv", "kernels", "storage", "policies", "tests", "scripts", "benchmarks")
 ENGINE_FOLDERS = ("tierkv", "kernels", "storage", "policies")
 OUTSIDE_THE_ENGINE = ("tierkv/sim", "tierkv/server", "tierkv/cli")
+NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.ENDMARKER)
 SOURCE_SUFFIXES = (".py", ".c", ".h", ".cu")
 
 
@@ -56,6 +59,23 @@ def test_functions_are_short(repository: Path) -> None:
     assert not too_long, f"functions over {MAX_FUNCTION_LINES} lines: {too_long}"
 
 
+def num_code_lines(path: Path) -> int:
+    """Lines that hold code: no blank lines, no comments, no docstrings."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        lines = (line.strip() for line in text.splitlines())
+        return sum(bool(line) and not line.startswith(("//", "/*", "*")) for line in lines)
+    skipped = (*NO_CODE, tokenize.INDENT, tokenize.DEDENT)
+    code: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in skipped:
+            code.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            code.difference_update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(code)
+
+
 def test_the_engine_is_small(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outside = tuple(repository / folder for folder in OUTSIDE_THE_ENGINE)
     files = [
@@ -63,11 +83,12 @@ def test_the_engine_is_small(repository: Path, capsys: pytest.CaptureFixture[str
         for path in source_files(repository, ENGINE_FOLDERS)
         if not any(path.is_relative_to(folder) for folder in outside)
     ]
-    total = sum(map(num_lines, files))
+    code = sum(map(num_code_lines, files))
     lengths = [n for path in files if path.suffix == ".py" for _, n in functions(path)]
     with capsys.disabled():
         print(
-            f"\nengine: {len(files)} files, {total:,} lines of {MAX_ENGINE_LINES:,};"
+            f"\nengine: {len(files)} files, {code:,} lines of code of {MAX_ENGINE_LINES:,}"
+            f" ({sum(map(num_lines, files)):,} with comments, docstrings and blank lines);"
             f" functions: median {statistics.median(lengths):g}, longest {max(lengths)} lines"
         )
-    assert total < MAX_ENGINE_LINES
+    assert code < MAX_ENGINE_LINES

@@ -128,7 +128,7 @@ def third_party_imports(folder: Path) -> set[str]:
 def declared(requirement: str) -> str:
     match = re.match(r"[\w.-]+", requirement)
     assert match is not None
-    return match.group().lower()
+    return match.group().lower().replace("-", "_")
 
 
 def test_every_import_is_a_declared_dependency(repository: Path) -> None:

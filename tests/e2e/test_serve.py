@@ -14,15 +14,10 @@ import httpx
 import openai
 import psutil
 import pytest
-from servable import ServerProcess, running_server, save_servable
+from servable import ServerProcess, running_server
 
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
-SMALL = ("--num-gpu-blocks", "256", "--num-threads", "1")
-
-
-@pytest.fixture(scope="module")
-def servable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_servable(tmp_path_factory.mktemp("servable"))
+SMALL = ("--num-gpu-blocks", "256", "--num-threads", "1", "--shutdown-timeout", "60")
 
 
 @pytest.fixture
@@ -34,6 +29,7 @@ def configured(servable: Path, tmp_path: Path) -> Iterator[ServerProcess]:
     config.write_text(
         f"model: {servable}\nserved-model-name: [tiny]\napi_key: secret\nmax_model_len: 100\n"
         f"chat-template: {template}\nnum-gpu-blocks: 256\nnum-threads: 1\n"
+        "shutdown-timeout: 60\n"
     )
     with running_server("--config", str(config), "--max-model-len", "512") as server:
         yield server
@@ -44,7 +40,7 @@ def engine_of(server: ServerProcess) -> psutil.Process:
     return engine
 
 
-def test_a_server_from_yaml_stops_cleanly(configured: ServerProcess) -> None:
+def test_a_server_from_yaml_serves_and_stops_cleanly(configured: ServerProcess) -> None:
     client = configured.client("secret")
     (card,) = client.models.list().data
     assert (card.id, card.model_dump()["max_model_len"]) == ("tiny", 512)
@@ -53,30 +49,47 @@ def test_a_server_from_yaml_stops_cleanly(configured: ServerProcess) -> None:
     assert reply.usage.prompt_tokens == len("hello")  # the template of the YAML file
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="x")
+    check_that_the_port_is_taken(configured.url.rpartition(":")[2])
     engine = engine_of(configured)
-    configured.process.send_signal(signal.SIGTERM)
-    assert configured.wait() == 0
+    stop_during_a_stream(configured, signal.SIGTERM, "tiny", "secret")
     assert not engine.is_running()
-    assert "Traceback" not in "".join(configured.log)
 
 
-def test_ctrl_c_lets_running_requests_finish(servable: Path) -> None:
+def check_that_the_port_is_taken(port: str) -> None:
+    second = ServerProcess("no-model-is-loaded", "--port", port)
+    try:
+        assert second.wait(60) == 2
+        assert f"--port {port}: cannot be used" in "".join(second.log)
+        assert "loading" not in "".join(second.log)
+    finally:
+        second.close()
+
+
+def stop_during_a_stream(
+    server: ServerProcess, number: signal.Signals, model: str, api_key: str
+) -> None:
+    """What runs is finished, nothing is printed, the status is 0."""
+    with server.client(api_key).completions.create(
+        model=model, prompt="go", max_tokens=300, stream=True, extra_body={"ignore_eos": True}
+    ) as stream:
+        chunks = iter(stream)
+        next(chunks)
+        server.process.send_signal(number)
+        *_, last = chunks
+    assert last.choices[0].finish_reason == "length"
+    assert server.wait() == 0
+    assert "Traceback" not in "".join(server.log)
+
+
+@pytest.mark.full
+def test_ctrl_c_stops_cleanly_and_a_killed_server_leaves_nothing(servable: Path) -> None:
     with running_server(str(servable), *SMALL) as server:
-        client = server.client()
-        with client.completions.create(
-            model=str(servable),
-            prompt="go",
-            max_tokens=300,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        ) as stream:
-            chunks = iter(stream)
-            next(chunks)
-            server.process.send_signal(signal.SIGINT)
-            *_, last = chunks
-        assert last.choices[0].finish_reason == "length"
-        assert server.wait() == 0
-        assert "Traceback" not in "".join(server.log)
+        stop_during_a_stream(server, signal.SIGINT, str(servable), "none")
+    with running_server(str(servable), *SMALL) as server:
+        engine = engine_of(server)
+        server.process.kill()
+        server.wait()
+        engine.wait(30)
 
 
 def test_a_dead_engine_is_503_and_ends_the_server(servable: Path) -> None:
@@ -126,24 +139,6 @@ def test_a_model_that_cannot_be_loaded_is_status_2(tmp_path: Path) -> None:
         assert "ready at" not in log
     finally:
         server.close()
-
-
-def test_a_taken_port_is_said_before_anything_is_loaded(servable: Path) -> None:
-    with running_server(str(servable), *SMALL) as server:
-        port = server.url.rpartition(":")[2]
-        second = ServerProcess(str(servable), "--port", port)
-        try:
-            assert second.wait(60) == 2
-            assert f"--port {port}: cannot be used" in "".join(second.log)
-            assert "loading" not in "".join(second.log)
-        finally:
-            second.close()
-        # Health still answers, and a kill of the front end leaves no engine behind.
-        assert httpx.get(f"{server.url}/health").status_code == 200
-        engine = engine_of(server)
-        server.process.kill()
-        server.wait()
-        engine.wait(30)
 
 
 def test_the_server_extra_is_named_when_missing(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -284,18 +283,24 @@ def test_a_stream_left_early_is_aborted(llm: LLM, num_taken: int) -> None:
     assert llm.metrics()["gpu_blocks_used"] == 0
 
 
-def test_an_interrupt_aborts_everything(llm: LLM) -> None:
-    aborted = llm.metrics()["finished_abort"]
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    long = SamplingParams(max_tokens=None, ignore_eos=True)
+def test_an_interrupt_aborts_everything(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a step takes effect after it."""
+    before = llm.metrics()
+    step, num_steps = llm._engine.step, itertools.count(1)
+
+    def interrupted_step() -> Any:
+        if next(num_steps) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step()
+
+    monkeypatch.setattr(llm._engine, "step", interrupted_step)
     with pytest.raises(KeyboardInterrupt):
-        while True:
-            run(llm, ["a", "b", "c"], long)
-    timer.join()
+        run(llm, ["a", "b", "c"], SamplingParams(max_tokens=None, ignore_eos=True))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert llm.metrics()["finished_abort"] == aborted + 3
-    assert llm.metrics()["gpu_blocks_used"] == 0
+    after = llm.metrics()
+    assert after["steps"] == before["steps"] + 4
+    assert after["finished_abort"] == before["finished_abort"] + 3
+    assert after["gpu_blocks_used"] == 0
 
 
 # -- bad input -----------------------------------------------------------------------------------

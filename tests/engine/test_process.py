@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -109,10 +108,6 @@ def test_errors_keep_their_type_and_fields(error: Exception) -> None:
         assert (arrived.field, arrived.fix) == (error.field, error.fix)
     if isinstance(error, ConfigError) and isinstance(arrived, ConfigError):
         assert (arrived.option, arrived.value) == (error.option, error.value)
-    if "\ud800" not in str(error):
-        assert str(arrived).replace('"', "").replace("'", "") == str(error).replace(
-            '"', ""
-        ).replace("'", "")
 
 
 def test_what_does_not_fit_a_message_is_a_request_error() -> None:
@@ -155,40 +150,14 @@ def private_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     assert list(folder.iterdir()) == []
 
 
-def test_sockets_are_private_and_go_away(text_model: Path, private_tmp: Path) -> None:
-    client = EngineClient(config(text_model))
-    (directory,) = private_tmp.iterdir()
-    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
-    sockets = list(directory.iterdir())
-    assert len(sockets) == 2
-    assert all(stat.S_IMODE(s.stat().st_mode) == 0o600 and s.is_socket() for s in sockets)
-    assert client.info.vocab_size == 300
-    client.close()
-    client.close()
-    assert client.process.returncode is not None
-
-
-@pytest.mark.parametrize(
-    ("family", "options", "kind", "text"),
-    [
-        ("mamba", {"load_format": "dummy"}, UnsupportedModelError, "model"),
-        (None, {"eviction_policy": "newest"}, ConfigError, "eviction_policy='newest'"),
-    ],
-)
 def test_a_failed_start_raises_its_own_error(
-    family: str | None,
-    options: dict[str, Any],
-    kind: type[TierkvError],
-    text: str,
-    text_model: Path,
-    tmp_path: Path,
-    private_tmp: Path,
-    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path, private_tmp: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    model = save_config(family, tmp_path / "m") if family else text_model
-    with pytest.raises(kind, match=text):
-        EngineClient(config(model, **options))
-    assert "Traceback" in capfd.readouterr().err
+    model = save_config("mamba", tmp_path / "mamba")
+    with pytest.raises(UnsupportedModelError) as caught:
+        EngineClient(config(model, load_format="dummy"))
+    assert (caught.value.option, caught.value.value) == ("model", "mamba")
+    assert "Traceback" not in capfd.readouterr().err  # the message says all there is to say
 
 
 def test_an_engine_killed_while_it_starts(
@@ -220,7 +189,9 @@ time.sleep(float(sys.argv[3]))
 """
 
 
-@pytest.mark.parametrize("ending", ["killed", "exits without closing"])
+@pytest.mark.parametrize(
+    "ending", ["killed", pytest.param("exits without closing", marks=pytest.mark.full)]
+)
 def test_no_engine_outlives_its_front_end(ending: str, text_model: Path, private_tmp: Path) -> None:
     sleep_s = "0" if ending != "killed" else "60"
     command = [sys.executable, "-P", "-c", PARENT, str(text_model), str(private_tmp), sleep_s]

@@ -11,9 +11,11 @@ import torch
 from model_steps import load_tiny
 from safetensors.torch import load_file, save_file
 from tiny_models import REFUSED, VOCAB_SIZE, save_config, save_model
+from torch import nn
 
 from tierkv.config import EngineConfig
 from tierkv.errors import ConfigError, UnsupportedModelError
+from tierkv.kernels.linear import PackedLinear, can_pack
 from tierkv.model import probe
 from tierkv.model.loader import load_model
 
@@ -36,7 +38,7 @@ def test_options_that_override(tmp_path: Path) -> None:
     save_model("llama", tmp_path, eos_token_id=[3, 5])
     loaded = load_tiny(tmp_path, dtype="bfloat16", tokenizer="elsewhere", num_threads=2)
     assert loaded.tokenizer_path == "elsewhere"
-    assert {weight.dtype for weight in loaded.model.parameters()} == {torch.bfloat16}
+    assert loaded.dtype is torch.bfloat16
     assert loaded.eos_token_ids == {3, 5}
     assert torch.get_num_threads() == 2
 

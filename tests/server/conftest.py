@@ -5,17 +5,10 @@ from pathlib import Path
 
 import pytest
 from live_app import LiveApp, live_app
-from servable import save_servable
 
 from tierkv.server.app import AppSettings
 
 KEY = "test-key"
-
-
-@pytest.fixture(scope="session")
-def servable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a tiny model that can be served."""
-    return save_servable(tmp_path_factory.mktemp("servable"))
 
 
 @pytest.fixture(scope="session")

@@ -98,7 +98,7 @@ json_values = st.recursive(
 field_names = st.sampled_from([*CompletionBody.model_fields, *ChatBody.model_fields, *NOT_SERVED])
 
 
-@given(st.dictionaries(field_names | st.text(max_size=4), json_values, max_size=5))
+@given(st.dictionaries(field_names | st.text(min_size=1, max_size=4), json_values, max_size=5))
 def test_any_body_is_taken_or_refused_with_a_field(values: dict[str, Any]) -> None:
     for kind in (CompletionBody, ChatBody):
         try:

@@ -154,8 +154,9 @@ class InputProcessor:
         self._check_params(params)
         _check_unicode("request_id", request_id)
         _check_unicode("cache_salt", prompt.cache_salt)
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise RequestError("priority", priority, "must be an integer")
+        is_integer = isinstance(priority, int) and not isinstance(priority, bool)
+        if not is_integer or not -(2**63) <= priority < 2**63:
+            raise RequestError("priority", priority, "must be an integer of 64 bits")
         token_ids = self.tokenize(prompt)
         return EngineRequest(request_id, token_ids, params, priority, prompt.cache_salt)
 

@@ -22,7 +22,7 @@ import zmq
 from tierkv.config import EngineConfig
 from tierkv.engine import wire
 from tierkv.engine.core import EngineCore
-from tierkv.errors import RequestError
+from tierkv.errors import ConfigError, RequestError
 
 TO_ENGINE, FROM_ENGINE = "to-engine", "from-engine"
 _LINGER_MS = 2000
@@ -143,7 +143,8 @@ def _serve(inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> int:
 
 
 def _report(kind: str, error: BaseException, outbox: zmq.Socket[bytes]) -> int:
-    traceback.print_exception(error)
+    if not isinstance(error, ConfigError):
+        traceback.print_exception(error)
     outbox.send(wire.pack(kind, wire.encode_error(error)))
     return 1
 

@@ -18,9 +18,11 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 _NUCLEUS_CANDIDATES = 256  # a nucleus is nearly always smaller; the rest pays for a full sort
 _PROMPT_ROWS_AT_ONCE = 128  # bounds the scratch memory of prompt logprobs
+_MIN_TEMPERATURE = 1e-5
 _LARGEST_BIAS = 1e30  # instead of +inf, which has no softmax
 _NEVER = float("-inf")
 
@@ -52,7 +55,8 @@ class _Traits:
 
     def __init__(self, params: SamplingParams) -> None:
         self.params = params
-        self.is_greedy = params.is_greedy
+        # So close to greedy that dividing by it might overflow; vLLM draws the line there too.
+        self.is_greedy = params.temperature < _MIN_TEMPERATURE
         self.bias = list((params.logit_bias or {}).items())
         self.has_edits = bool(self.bias) or params.min_tokens > 0 or params.has_penalties
         self.wants_prompt = params.prompt_logprobs is not None
@@ -84,7 +88,7 @@ class TorchSampler:
     def __init__(self, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._traits: dict[int, _Traits] = {}
-        self._penalties: _PenaltyCounts | None = None
+        self._seen: dict[int, _Seen] = {}
 
     def sample(self, logits: Tensor, plan: Plan) -> list[RowResult]:
         """One result per row of `plan.rows`, in order.
@@ -105,8 +109,7 @@ class TorchSampler:
     def forget(self, seq_id: int) -> None:
         """Drop the state of a finished sequence; unknown ids are ignored."""
         self._traits.pop(seq_id, None)
-        if self._penalties is not None:
-            self._penalties.forget(seq_id)
+        self._seen.pop(seq_id, None)
 
     def _collect(
         self, logits: Tensor, rows: Seq[PlanRow], results: list[RowResult]
@@ -149,12 +152,13 @@ class TorchSampler:
 
     def _draw_tokens(self, logits: Tensor, draws: list[_Draw]) -> list[list[int]]:
         """Tokens `[num_draws, max(num_samples)]` drawn from `logits` `[num_draws, vocab]`."""
-        temperature = _column([d.traits.params.temperature for d in draws], logits)
-        # Shifted first: dividing by a tiny temperature may then overflow to -inf, never to +inf.
-        scaled = (logits - logits.amax(-1, keepdim=True)).div_(temperature)
+        params = [d.traits.params for d in draws]
+        scaled = logits
+        if any(p.temperature != 1.0 for p in params):
+            scaled = logits / _column([p.temperature for p in params], logits)
         if any(d.traits.has_filter for d in draws):
-            _filter(scaled, [d.traits.params for d in draws])
-        cdf = scaled.exp_().cumsum(-1)
+            scaled = _filtered(scaled, params)
+        cdf = scaled.softmax(-1).cumsum(-1)
         total = cdf[:, -1:]
         target = (self._uniforms(draws).to(cdf.device) * total).to(cdf.dtype)
         # Below the total, so that the first entry above the target is a token with some mass.
@@ -187,10 +191,15 @@ class TorchSampler:
         _mask_stops(edited, draws)
         penalised = [d for d in draws if d.traits.params.has_penalties]
         if penalised:
-            if self._penalties is None:
-                self._penalties = _PenaltyCounts(raw.shape[-1], raw.device)
-            self._penalties.apply(edited, penalised)
+            _penalise(edited, penalised, [self._seen_by(d.seq) for d in penalised])
         return edited
+
+    def _seen_by(self, seq: Sequence) -> _Seen:
+        seen = self._seen.get(seq.seq_id)
+        if seen is None:  # new, or a fork: it starts from its own tokens
+            seen = self._seen[seq.seq_id] = _Seen(seq)
+        seen.read(seq)
+        return seen
 
     @staticmethod
     def _add_bias(edited: Tensor, draws: list[_Draw]) -> None:
@@ -248,36 +257,34 @@ def _mask_stops(edited: Tensor, draws: list[_Draw]) -> None:
 # -- filters -----------------------------------------------------------------------------------
 
 
-def _filter(scaled: Tensor, params: list[SamplingParams]) -> None:
-    """Set tokens outside min-p, top-k and top-p to -inf, in place.
-
-    Args:
-        scaled: `[rows, vocab]`, the maximum of each row is 0.
-    """
+def _filtered(scaled: Tensor, params: list[SamplingParams]) -> Tensor:
+    """`scaled` `[rows, vocab]` with tokens outside min-p, top-k and top-p at -inf."""
     if any(p.min_p > 0.0 for p in params):
-        floor = _column([math.log(p.min_p) if p.min_p > 0.0 else _NEVER for p in params], scaled)
-        scaled.masked_fill_(scaled < floor, _NEVER)
+        share = _column([math.log(p.min_p) if p.min_p > 0.0 else _NEVER for p in params], scaled)
+        scaled = scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + share, _NEVER)
     at = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0]
     if not at:
-        return
-    some = scaled if len(at) == len(params) else scaled[at]
-    top_k = [params[i].top_k if params[i].top_k > 0 else scaled.shape[-1] for i in at]
+        return scaled
+    vocab = scaled.shape[-1]
+    top_k = [params[i].top_k if 0 < params[i].top_k < vocab else vocab for i in at]
     floor = _column([_NEVER] * len(params), scaled)
+    some = scaled if len(at) == len(params) else scaled[at]
     floor[at] = _thresholds(some, top_k, [params[i].top_p for i in at])
-    scaled.masked_fill_(scaled < floor, _NEVER)
+    return scaled.masked_fill(scaled < floor, _NEVER)
 
 
 def _thresholds(scaled: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
     """`[rows, 1]`: the smallest logit that top-k and top-p (over what top-k leaves) keep."""
     vocab = scaled.shape[-1]
-    has_unlimited = any(k >= vocab for k in top_k)
-    widest = max([k for k in top_k if k < vocab], default=0)
-    num = min(vocab, max(widest, _NUCLEUS_CANDIDATES if has_unlimited else 1))
-    floor, is_open = _thresholds_among(scaled, top_k, top_p, num)
-    rest: list[int] = is_open.nonzero().squeeze(1).tolist()
-    if rest:  # a flat distribution: its nucleus is wider than the candidates
-        wide = [top_k[i] for i in rest], [top_p[i] for i in rest]
-        floor[rest] = _thresholds_among(scaled[rest], *wide, vocab)[0]
+    num = max(_NUCLEUS_CANDIDATES, *(k for k in top_k if k < vocab), 0)
+    floor = torch.empty(len(top_k), 1, dtype=scaled.dtype, device=scaled.device)
+    rows = list(range(len(top_k)))
+    while rows:
+        some = scaled if len(rows) == len(top_k) else scaled[rows]
+        limits = [top_k[i] for i in rows], [top_p[i] for i in rows]
+        floor[rows], is_open = _thresholds_among(some, *limits, min(num, vocab))
+        rows = [i for i, more in zip(rows, is_open.tolist(), strict=True) if more]
+        num *= 16  # a flat distribution: its nucleus is wider than the candidates
     return floor
 
 
@@ -285,102 +292,72 @@ def _thresholds_among(
     scaled: Tensor, top_k: list[int], top_p: list[float], num: int
 ) -> tuple[Tensor, Tensor]:
     """Thresholds found among the `num` best tokens, and which rows need more than those."""
-    vocab = scaled.shape[-1]
     values = scaled.topk(num).values
+    best = values[:, :1]
     limit = _ids(top_k, scaled).unsqueeze(1)
     is_candidate = torch.arange(num, device=scaled.device) < limit
-    weights = values.exp() * is_candidate
-    is_unlimited = limit >= vocab
+    weights = (values - best).exp() * is_candidate
     total = weights.sum(-1, keepdim=True)
-    if num < vocab and bool(is_unlimited.any()):
-        total = torch.where(is_unlimited, scaled.exp().sum(-1, keepdim=True), total)
+    is_unlimited = limit > num
+    if bool(is_unlimited.any()):
+        everything = (scaled.logsumexp(-1, keepdim=True) - best).exp()
+        total = torch.where(is_unlimited, everything, total)
     # p = 1 keeps everything, whatever the rounding of the sums says.
     mass = _column([p if p < 1.0 else math.inf for p in top_p], scaled) * total
     reached = weights.cumsum(-1)
     is_kept = is_candidate.clone()
     is_kept[:, 1:] &= reached[:, :-1] < mass
     last = is_kept.sum(-1, keepdim=True) - 1
-    is_open = (is_unlimited & (reached[:, -1:] < mass)).squeeze(1) & (num < vocab)
+    is_open = (is_unlimited & (reached[:, -1:] < mass)).squeeze(1)
     return values.gather(1, last), is_open
 
 
 # -- penalties ---------------------------------------------------------------------------------
 
 
-class _PenaltyCounts:
-    """Which tokens each penalised sequence has seen, as rows of two tensors.
+class _Seen:
+    """The distinct tokens of one sequence, and how often each was generated (0: prompt only)."""
 
-    A sequence gets a row the first time it samples (so a fork starts from its own `token_ids`),
-    and each step adds only the tokens that are new since.
-    """
+    __slots__ = ("counts", "ids", "_index", "_num_read")
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        self._generated = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
-        self._is_in_prompt = torch.zeros(0, vocab_size, dtype=torch.bool, device=device)
-        self._slot_of: dict[int, int] = {}
-        self._num_seen: dict[int, int] = {}
-        self._free: list[int] = []
+    def __init__(self, seq: Sequence) -> None:
+        prompt = dict.fromkeys(seq.token_ids[: seq.num_prompt_tokens])
+        self._index = {token: i for i, token in enumerate(prompt)}
+        self._num_read = seq.num_prompt_tokens
+        self.ids = array("q", prompt)
+        self.counts = array("q", bytes(8 * len(prompt)))
 
-    def forget(self, seq_id: int) -> None:
-        slot = self._slot_of.pop(seq_id, None)
-        if slot is not None:
-            self._free.append(slot)
-            del self._num_seen[seq_id]
+    def read(self, seq: Sequence) -> None:
+        """Count what was generated since the last call."""
+        for token in seq.token_ids[self._num_read :]:
+            at = self._index.setdefault(token, len(self.ids))
+            if at == len(self.ids):
+                self.ids.append(token)
+                self.counts.append(0)
+            self.counts[at] += 1
+        self._num_read = len(seq.token_ids)
 
-    def apply(self, logits: Tensor, draws: list[_Draw]) -> None:
-        """Penalise the rows `draw.at` of `logits` in place."""
-        slots = _ids([self._slot(d.seq) for d in draws], logits)
-        self._count_new(draws)
-        params = [d.traits.params for d in draws]
-        count, at = self._generated[slots], _ids([d.at for d in draws], logits)
-        rows = logits[at]
-        repetition = _column([p.repetition_penalty for p in params], logits)
-        is_repeated = self._is_in_prompt[slots] | (count > 0)
-        harder = torch.where(rows > 0, rows / repetition, rows * repetition)
-        rows = torch.where(is_repeated, harder, rows)
-        rows -= _column([p.frequency_penalty for p in params], logits) * count
-        rows -= _column([p.presence_penalty for p in params], logits) * (count > 0)
-        logits[at] = rows
 
-    def _slot(self, seq: Sequence) -> int:
-        slot = self._slot_of.get(seq.seq_id)
-        if slot is None:
-            if not self._free:
-                self._grow()
-            slot = self._slot_of[seq.seq_id] = self._free.pop()
-            self._num_seen[seq.seq_id] = seq.num_prompt_tokens
-            self._generated[slot] = 0
-            self._is_in_prompt[slot] = False
-            prompt = seq.token_ids[: seq.num_prompt_tokens]
-            self._is_in_prompt[slot, _ids(prompt, self._generated)] = True
-        return slot
+def _penalise(logits: Tensor, draws: list[_Draw], seen: list[_Seen]) -> None:
+    """Apply the penalties to row `draw.at` of `logits`, in place, at the tokens it has seen."""
+    lengths = _ids([len(s.ids) for s in seen], logits)
 
-    def _grow(self) -> None:
-        old = len(self._generated)
-        more = max(4, old)
-        self._generated = torch.cat([self._generated, self._generated.new_zeros(more, self.vocab)])
-        self._is_in_prompt = torch.cat(
-            [self._is_in_prompt, self._is_in_prompt.new_zeros(more, self.vocab)]
-        )
-        self._free.extend(range(old, old + more))
+    def spread(values: Tensor) -> Tensor:
+        return values.repeat_interleave(lengths)
 
-    @property
-    def vocab(self) -> int:
-        return self._generated.shape[1]
+    def joined(arrays: list[array[int]]) -> Tensor:
+        whole = np.concatenate([np.frombuffer(a, np.int64) for a in arrays])
+        return torch.from_numpy(whole).to(logits.device)
 
-    def _count_new(self, draws: list[_Draw]) -> None:
-        slots: list[int] = []
-        tokens: list[int] = []
-        for draw in draws:
-            seq = draw.seq
-            new = seq.token_ids[self._num_seen[seq.seq_id] :]
-            self._num_seen[seq.seq_id] += len(new)
-            slots.extend([self._slot_of[seq.seq_id]] * len(new))
-            tokens.extend(new)
-        if tokens:
-            where = (_ids(slots, self._generated), _ids(tokens, self._generated))
-            one = torch.ones(len(tokens), dtype=torch.int32, device=self._generated.device)
-            self._generated.index_put_(where, one, accumulate=True)
+    params = [d.traits.params for d in draws]
+    rows, ids = spread(_ids([d.at for d in draws], logits)), joined([s.ids for s in seen])
+    counts = joined([s.counts for s in seen])
+    repetition = spread(_column([p.repetition_penalty for p in params], logits).squeeze(1))
+    frequency = spread(_column([p.frequency_penalty for p in params], logits).squeeze(1))
+    presence = spread(_column([p.presence_penalty for p in params], logits).squeeze(1))
+    values = logits[rows, ids]
+    values = torch.where(values > 0, values / repetition, values * repetition)
+    logits[rows, ids] = values - frequency * counts - presence * (counts > 0)
 
 
 # -- log-probabilities -------------------------------------------------------------------------

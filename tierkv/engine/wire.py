@@ -61,7 +61,7 @@ def pack(kind: str, *values: Any) -> bytes:
     try:
         packed: bytes = msgpack.packb([kind, *values])
     except (OverflowError, TypeError, ValueError) as error:
-        raise RequestError(kind, values, f"cannot be sent to the engine: {error}") from None
+        raise RequestError("request", f"<{kind}>", f"cannot be sent: {error}") from None
     return packed
 
 

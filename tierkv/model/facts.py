@@ -62,7 +62,7 @@ def max_positions(config: Any) -> int:
     if kind == "linear":
         return int(length * factor)
     if kind == "yarn" and original:
-        return max(length, math.floor(original * factor))
+        return max(length, int(original * factor))
     return length
 
 

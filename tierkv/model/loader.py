@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tierkv.config import EngineConfig
 from tierkv.errors import ConfigError, UnsupportedModelError
+from tierkv.kernels.linear import pack_linears
 from tierkv.model import attention, facts, rope, trace
 from tierkv.model.fingerprint import model_fingerprint
 from tierkv.model.loaded import LoadedModel, dtype_name
@@ -57,7 +58,14 @@ def load_model(config: EngineConfig) -> LoadedModel:
     )
     if config.verify_model:
         verify_model(loaded)
+    _speed_up(loaded)
     return loaded
+
+
+def _speed_up(loaded: LoadedModel) -> None:
+    """Lay half-precision weights out for the CPU; after the probe, which needs them plain."""
+    if loaded.device.type == "cpu" and loaded.dtype is not torch.float32:
+        logger.debug("packed %d linear layers", pack_linears(loaded.model))
 
 
 def load_config(config: EngineConfig, source: str) -> Any:

@@ -1,0 +1,1 @@
+"""What the benchmark programs share: machine, models, workloads, systems, alternating runs."""

@@ -1,0 +1,134 @@
+"""One table of every figure in results/ next to its target: printed, and kept as results/TABLE.md.
+
+python benchmarks/write_table.py [--out benchmarks/results]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common.runs import RESULTS, print_table
+
+Row = tuple[str, str, str, str]
+"""What was measured, the figure, the target, whether it was reached."""
+
+NO_TARGET = ("", "")
+
+
+def at_least(value: float, target: float, unit: str = "x") -> tuple[str, str, str]:
+    return _shown(value, unit), f">= {_shown(target, unit)}", "yes" if value >= target else "no"
+
+
+def at_most(value: float, target: float, unit: str) -> tuple[str, str, str]:
+    return _shown(value, unit), f"<= {_shown(target, unit)}", "yes" if value <= target else "no"
+
+
+def _shown(value: float, unit: str) -> str:
+    return f"{value:.1%}" if unit == "%" else f"{value:,.2f}{unit if unit == 'x' else ' ' + unit}"
+
+
+def hf_baseline(result: dict[str, Any]) -> Iterator[Row]:
+    target = result["target_ratio"]
+    for count, entry in result["equal_work"].items():
+        name = f"faster than `generate`, {count} tokens, batch 1"
+        if entry is list(result["equal_work"].values())[-1]:
+            yield name, *at_least(entry["ratio"], target)
+        else:
+            yield name, _shown(entry["ratio"], "x"), *NO_TARGET
+
+
+def throughput(result: dict[str, Any]) -> Iterator[Row]:
+    for model, entry in result["models"].items():
+        own = entry["systems"]["tierkv"]["tokens_per_s"]
+        yield f"{model}, 32 mixed requests", _shown(own, "tokens/s"), *NO_TARGET
+        for system, ratio in entry["ratios"].items():
+            name = f"{model}, faster than {system.replace('_', ' ')}"
+            yield name, *at_least(ratio, result["target_ratio"])
+
+
+def prefix_reuse(result: dict[str, Any]) -> Iterator[Row]:
+    speedup = result["shared_prefix"]["speedup"]
+    yield (
+        "shared 1,536-token prefix x 16, reuse on against off",
+        *at_least(speedup, result["target_speedup"]),
+    )
+    for kind, shapes in result["workloads"].items():
+        for shape, entry in shapes.items():
+            yield (
+                f"{kind}, {shape}, reuse on against off",
+                _shown(entry["speedup"], "x"),
+                *NO_TARGET,
+            )
+
+
+def memory_waste(result: dict[str, Any]) -> Iterator[Row]:
+    share = result["paged"]["16"]["share"]
+    yield (
+        "reserved KV that holds tokens, paged at 16",
+        *at_least(share, result["target_share_at_16"], "%"),
+    )
+    yield "the same, reserving max_model_len", _shown(result["reserve_max_share"], "%"), *NO_TARGET
+
+
+def block_size(result: dict[str, Any]) -> Iterator[Row]:
+    sizes = result["block_sizes"]
+    best = max(sizes, key=lambda size: float(sizes[size]["tokens_per_s"]))
+    share = sizes["16"]["tokens_per_s"] / sizes[best]["tokens_per_s"]
+    yield f"throughput at block size 16, of the best ({best})", _shown(share, "%"), *NO_TARGET
+
+
+def scheduler_overhead(result: dict[str, Any]) -> Iterator[Row]:
+    name = f"plan + commit, {result['sequences']} sequences of {result['context']} tokens"
+    yield name, *at_most(result["plan_and_commit_ms"], 1.5, "ms")
+    name = f"prefix match of {result['match_tokens']:,} tokens"
+    yield name, *at_most(result["match_ms"], 40.0, "ms")
+
+
+READERS = {
+    reader.__name__: reader
+    for reader in (
+        hf_baseline,
+        throughput,
+        prefix_reuse,
+        memory_waste,
+        block_size,
+        scheduler_overhead,
+    )
+}
+
+
+def rows_of(folder: Path) -> list[Row]:
+    """The rows of every result that is there, in the order of `READERS`."""
+    rows: list[Row] = []
+    for name, reader in READERS.items():
+        path = folder / f"{name}.json"
+        if path.exists():
+            rows.extend(reader(json.loads(path.read_text())))
+    return rows
+
+
+def as_markdown(rows: list[Row]) -> str:
+    lines = ["| measured | figure | target | reached |", "|---|---|---|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> list[Row]:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    args, _ = options.parse_known_args(argv)  # `make bench` gives all programs the same options
+    rows = rows_of(args.out)
+    print_table(["measured", "figure", "target", "reached"], [list(row) for row in rows])
+    if rows:
+        (args.out / "TABLE.md").write_text(as_markdown(rows))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

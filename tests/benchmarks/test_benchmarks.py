@@ -1,0 +1,165 @@
+"""Every benchmark program runs, compares equal work, and reports what its reader needs.
+
+Nothing here asserts a time: these are tiny models and one run each.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[pytest.MonkeyPatch]:
+    """The programs importable, their models in a temporary folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(repository / "benchmarks"))
+        patch.setenv("PYTHONPATH", str(repository / "benchmarks"))
+        patch.setenv("TIERKV_BENCH_DIR", str(tmp_path_factory.mktemp("models")))
+        yield patch
+
+
+def run(name: str, folder: Path, *options: str) -> dict[str, Any]:
+    """The result that program `name` writes with `--quick`."""
+    result = import_module(name).main(["--quick", "--out", str(folder), *options])
+    written = json.loads((folder / f"{name}.json").read_text())
+    assert written == json.loads(json.dumps(result))
+    assert {"benchmark", "command", "date", "cpu", "cores", "torch", "transformers"} <= set(written)
+    return dict(written)
+
+
+def test_hf_baseline(tmp_path: Path) -> None:
+    result = run("hf_baseline", tmp_path)
+    assert list(result["equal_work"]) == ["4", "8"]
+    for count, entry in result["equal_work"].items():
+        seconds = {name: s["median_s"] for name, s in entry["systems"].items()}
+        assert entry["ratio"] == pytest.approx(seconds["generate"] / seconds["tierkv"], rel=0.02)
+        for system in entry["systems"].values():
+            rate = int(count) / system["median_s"]
+            assert system["tokens_per_s"] == pytest.approx(rate, rel=0.02)
+    for peaks in result["memory"].values():
+        assert 0 < peaks["imports_mib"] <= peaks["loaded_mib"] <= peaks["peak_mib"]
+    assert len(result["folklore"]) == 5
+    assert all(row["ratio"] > 0 and row["equal_work_ratio"] > 0 for row in result["folklore"])
+
+
+def test_throughput(tmp_path: Path) -> None:
+    result = run("throughput", tmp_path)
+    entry = result["models"]["tiny"]
+    assert set(entry["systems"]) == {"generate_batch_8", "continuous_batching", "tierkv"}
+    # Static batches decode every row as long as the longest: more than was asked for.
+    decoded = entry["systems"]["generate_batch_8"]["decoded_tokens"]
+    assert decoded > entry["generated_tokens"]
+    assert entry["systems"]["tierkv"]["hit_tokens"] == 0  # no prompt shares anything
+    for system, ratio in entry["ratios"].items():
+        seconds = {name: s["median_s"] for name, s in entry["systems"].items()}
+        assert ratio == pytest.approx(seconds[system] / seconds["tierkv"], rel=0.05)
+
+
+def test_prefix_reuse(tmp_path: Path) -> None:
+    result = run("prefix_reuse", tmp_path)
+    shared = result["shared_prefix"]
+    # 3 of 4 requests reuse the 96-token prefix of prompts of 104 tokens.
+    assert shared["on"]["cached_tokens"] >= 3 * 96
+    assert shared["off"]["cached_tokens"] == 0
+    assert set(result["workloads"]) == {"rag", "coding", "chat", "agent"}
+    for shapes in result["workloads"].values():
+        for entry in shapes.values():
+            assert entry["off"]["cached_tokens"] == 0
+            assert 0 < entry["reused_share"] < 1
+            assert entry["on"]["prompt_tokens"] == entry["off"]["prompt_tokens"]
+            assert entry["on"]["new_tokens"] == entry["off"]["new_tokens"]
+
+
+def test_memory_waste(tmp_path: Path) -> None:
+    result = run("memory_waste", tmp_path)
+    shares = [entry["share"] for entry in result["paged"].values()]
+    assert shares[0] == 1.0  # a block of one token is full or absent
+    assert shares == sorted(shares, reverse=True)
+    assert result["reserve_max_share"] < shares[-1] < result["reserve_final_share"] < shares[4]
+    assert (tmp_path / "memory_waste.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_block_size(tmp_path: Path) -> None:
+    result = run("block_size", tmp_path)
+    wastes = [entry["waste"] for entry in result["block_sizes"].values()]
+    assert wastes[0] == 0 and wastes == sorted(wastes)
+    assert all(entry["tokens_per_s"] > 0 for entry in result["block_sizes"].values())
+    assert (tmp_path / "block_size.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_occupancy_counts_shared_blocks_once() -> None:
+    occupancy, config = import_module("common.occupancy"), import_module("tierkv")
+    core = occupancy.engine_without_model(1024, 8, 256)
+    params = config.SamplingParams(n=3, max_tokens=9, ignore_eos=True)
+    counts = occupancy.play(core, [occupancy.Arrival(0, list(range(40)), params)])
+    # 3 samples share the prompt's 5 blocks; each adds one block of its own, and the 9th token is
+    # never fed back. Steps 2..9 hold 40 + 3 * (1..8) tokens in 5 + 3 blocks, after the 9th none.
+    assert counts.num_steps == 9
+    assert counts.held == 40 + sum(40 + 3 * i for i in range(1, 8))
+    assert counts.paged == 8 * (5 + 7 * (5 + 3))
+    assert counts.contiguous == 3 * 40 + sum(3 * (40 + i) for i in range(1, 8))
+
+
+def test_sessions_play_in_waves() -> None:
+    workloads = import_module("common.workloads")
+    tree = workloads.agent("branching")
+    assert [len(wave) for wave in tree.waves] == [3, 9, 27]
+    assert [len(wave) for wave in workloads.agent("linear").waves] == [2] * 8
+    assert all(tree.turns[i].parent in tree.waves[0] for i in tree.waves[1])
+    for make in workloads.SESSIONS.values():
+        for shape in workloads.SHAPES:
+            assert make(shape).turns == make(shape).turns  # from the seed alone
+
+
+def test_alternate_reverses_the_order_and_keeps_every_run() -> None:
+    runs, order = import_module("common.runs"), []
+
+    def run_of(name: str) -> dict[str, Any]:
+        order.append(name)
+        return {"_seconds": 2.0 if name == "a" else 5.0, "note": name}
+
+    samples = runs.alternate({n: lambda n=n: run_of(n) for n in "ab"}, 2, quiet_s=0.0)
+    assert order == ["a", "b", "a", "b", "b", "a"]
+    assert samples["a"].seconds == [2.0, 2.0] and samples["b"].median_s == 5.0
+    assert samples["b"].notes == {"note": "b"}
+
+
+def test_median_prefers_quiet_runs() -> None:
+    runs = import_module("common.runs")
+    assert runs.Samples([1.0, 9.0, 2.0], [0.0, 1.5, 0.1]).median_s == 1.5
+    assert runs.Samples([1.0, 9.0, 3.0], [1.0, 1.5, 0.7]).median_s == 3.0
+
+
+def test_unequal_work_is_refused() -> None:
+    systems, workloads = import_module("common.systems"), import_module("common.workloads")
+    request = workloads.Request([1, 2, 3], 2)
+    assert systems.check_lengths([request], [[7, 8]]) == 2
+    with pytest.raises(RuntimeError, match="1 tokens, asked 2"):
+        systems.check_lengths([request], [[7]])
+
+
+def test_the_table_compares_with_targets(tmp_path: Path) -> None:
+    run("memory_waste", tmp_path)
+    slow = {"equal_work": {"32": {"ratio": 9.0}, "256": {"ratio": 1.2}}, "target_ratio": 1.35}
+    (tmp_path / "hf_baseline.json").write_text(json.dumps(slow))
+    rows = import_module("write_table").main(["--quick", "--out", str(tmp_path)])
+    assert rows[0][1:] == ("9.00x", "", "")
+    assert rows[1][1:] == ("1.20x", ">= 1.35x", "no")
+    assert rows[2][3] in ("yes", "no") and rows[2][2] == ">= 92.0%"
+    assert "| 1.20x | >= 1.35x | no |" in (tmp_path / "TABLE.md").read_text()
+
+
+def test_results_name_no_path_of_this_machine(tmp_path: Path) -> None:
+    machine = import_module("common.machine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["/somewhere/benchmarks/x.py", "--out", "/elsewhere/results"])
+        assert machine.describe()["command"] == "python benchmarks/x.py --out results"
