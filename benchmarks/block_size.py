@@ -8,6 +8,7 @@ sizes in turn; waste is sampled from the same engine, step by step, in a run tha
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from common import plots
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     engines = {size: make_engine(name, size) for size in BLOCK_SIZES}
     shares = {size: kept_share(core, requests) for size, core in engines.items()}
     samples = alternate(
-        {str(size): lambda core=core: run(core, requests) for size, core in engines.items()},
+        {str(size): partial(run, core, requests) for size, core in engines.items()},
         args.repeats,
         warm=False,  # the sampled run was one
         quiet_s=args.quiet_s,

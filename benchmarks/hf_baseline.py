@@ -16,6 +16,7 @@ import random
 import subprocess
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,8 +80,8 @@ def equal_work(
         requests = one(num_new)
         samples = alternate(
             {
-                "generate": lambda r=requests: with_generate(model, r, 1),
-                "tierkv": lambda r=requests: with_tierkv(llm, r),
+                "generate": partial(with_generate, model, requests, 1),
+                "tierkv": partial(with_tierkv, llm, requests),
             },
             args.repeats,
             quiet_s=args.quiet_s,
@@ -106,11 +107,11 @@ def folklore(
     full = load_hf(name, torch.float32)
     samples = alternate(
         {
-            "generate_fp32": lambda: with_generate(full, short, 1),
-            "generate_no_kv_cache": lambda: without_cache(model, short[0]),
-            "generate_8_one_by_one": lambda: with_generate(model, eight, 1),
-            "generate_8_as_a_batch": lambda: with_generate(model, eight, 8),
-            "tierkv_8_at_once": lambda: with_tierkv(llm, eight),
+            "generate_fp32": partial(with_generate, full, short, 1),
+            "generate_no_kv_cache": partial(without_cache, model, short[0]),
+            "generate_8_one_by_one": partial(with_generate, model, eight, 1),
+            "generate_8_as_a_batch": partial(with_generate, model, eight, 8),
+            "tierkv_8_at_once": partial(with_tierkv, llm, eight),
         },
         max(1, args.repeats // 2),
         quiet_s=args.quiet_s,

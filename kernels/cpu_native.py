@@ -43,20 +43,35 @@ class _Args(Structure):
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, built and tried out on the first call; None where there are none."""
-    path = native_build.build_library()
-    if path is None:
+    lib = _load()
+    if lib is None:
         return None
-    try:
-        lib = ctypes.CDLL(str(path))
-    except OSError as error:
-        logger.warning("CPU kernels in C do not load, using torch instead: %s", error)
-        return None
-    lib.tierkv_attention.argtypes = [POINTER(_Args)]
-    lib.tierkv_write_kv.argtypes = [c_void_p] * 4 + [c_int64] * 6 + [c_void_p, c_int32]
+    _declare(lib)
     if not _works(lib):
         logger.warning("CPU kernels in C compute wrong results here, using torch instead")
         return None
     return lib
+
+
+def _load() -> ctypes.CDLL | None:
+    """Build and load; a library that does not load (a damaged cache) is built once more."""
+    for _ in range(2):
+        path = native_build.build_library()
+        if path is None:
+            return None
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            reason = error
+    logger.warning("CPU kernels in C do not load, using torch instead: %s", reason)
+    return None
+
+
+def _declare(lib: ctypes.CDLL) -> None:
+    """Tell ctypes the argument types."""
+    lib.tierkv_attention.argtypes = [POINTER(_Args)]
+    lib.tierkv_write_kv.argtypes = [c_void_p] * 4 + [c_int64] * 6 + [c_void_p, c_int32]
 
 
 def supports(kv: Tensor) -> bool:

@@ -25,7 +25,15 @@ logger = logging.getLogger(__name__)
 
 SOURCE_DIR = Path(__file__).resolve().parent / "native"
 COMPILE_TIMEOUT_S = 120.0
-_FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
+_FLAGS = (
+    "-O2",
+    "-ftree-vectorize",
+    "-march=native",
+    "-fPIC",
+    "-shared",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
 
 
 def build_library() -> Path | None:
@@ -119,8 +127,9 @@ def _compile(command: list[str], directory: Path, target: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """One line about a failure, with the compiler's last words if it had any."""
+    """One line about a failure, with the compiler's first error if it told one."""
     if isinstance(error, subprocess.CalledProcessError):
-        lines = (error.stderr or b"").decode(errors="replace").strip().splitlines()
-        return f"{error.cmd[0]} failed: {lines[-1] if lines else error.returncode}"
+        lines = (error.stderr or b"").decode(errors="replace").splitlines()
+        told = next((line for line in lines if "error" in line), f"exit status {error.returncode}")
+        return f"{error.cmd[0]} failed: {told}"
     return str(error)

@@ -283,16 +283,60 @@ def topic_sentences() -> list[str]:
     return [p for p in paragraphs if len(p) > 60 and p[0].isalpha() and p.endswith(".")]
 
 
+# --- the model card -------------------------------------------------------------------------------
+
+
+def card_tables(log: dict[str, Any]) -> str:
+    """The measured part of the model card, in Markdown."""
+    recalled = log["recall"]
+    lines = [
+        f"- Parameters: {log['parameters']:,}. Training: {log['tokens']:,} tokens in "
+        f"{log['steps']:,} steps and {log['minutes']:g} minutes.",
+        f"- Machine: {log['machine']}; Python {log['python']}, torch {log['torch']}.",
+        "",
+        "| tokens | minutes | loss |",
+        "|---:|---:|---:|",
+    ]
+    every = max(1, len(log["points"]) // 10)
+    points = log["points"][::-every][::-1]
+    lines += [f"| {p['tokens']:,} | {p['minutes']:g} | {p['loss']:.2f} |" for p in points]
+    lines += [
+        "",
+        f"Recall, {log['recall_documents']} documents per cell, greedy, by distance in tokens:",
+    ]
+    lines += ["", "| style | " + " | ".join(recalled[STYLES[0]]) + " |"]
+    lines += ["|---|" + "---:|" * len(recalled[STYLES[0]])]
+    for style in STYLES:
+        lines += [f"| {style} | " + " | ".join(f"{s:.0%}" for s in recalled[style].values()) + " |"]
+    return "\n".join(lines)
+
+
+def write_card(folder: Path, table: dict[str, dict[str, float]], documents: int) -> None:
+    """Add the recall to the training log, and quote the log in the card between its two marks."""
+    path = folder / "training_log.json"
+    log = json.loads(path.read_text(encoding="utf-8"))
+    log |= {"recall_documents": documents, "recall": table}
+    path.write_text(json.dumps(log, indent=1) + "\n", encoding="utf-8")
+    card = folder / "README.md"
+    head, rest = card.read_text(encoding="utf-8").split("<!-- measured -->\n")
+    tail = rest.split("<!-- /measured -->")[1]
+    measured = f"<!-- measured -->\n{card_tables(log)}\n<!-- /measured -->"
+    card.write_text(head + measured + tail, encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the demo model's recall.")
     parser.add_argument("model", type=Path, help="the model's folder")
     parser.add_argument("--documents", type=int, default=100, help="documents per distance")
     parser.add_argument("--distances", type=int, nargs="+", default=list(DISTANCES))
+    parser.add_argument("--write", action="store_true", help="update the log and the model card")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     table = recall_accuracy(model, tokenizer, topic_sentences(), args.documents, args.distances)
     print(json.dumps(table, indent=2))
+    if args.write:
+        write_card(args.model, table, args.documents)
 
 
 if __name__ == "__main__":

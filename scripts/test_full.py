@@ -1,4 +1,7 @@
-"""Run every test and write `tests/full-summary.txt`: when, where, with what, and the outcome."""
+"""Run every test and write `tests/full-summary.txt`: when, where, with what, and the outcome.
+
+With arguments (for pytest) the summary is only printed: it would not be of every test.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +84,8 @@ def main() -> int:
         if not report.exists():
             return code
         text = summary(report, time.monotonic() - start)
-    SUMMARY.write_text(text, encoding="utf-8")
+    if len(sys.argv) == 1:
+        SUMMARY.write_text(text, encoding="utf-8")
     print(text, end="")
     return code
 

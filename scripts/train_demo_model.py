@@ -78,8 +78,8 @@ class Phase:
 
 
 PHASES = (
-    Phase(0.06, 64, 2048, 0.0, copy_share=1.0),
-    Phase(0.16, 256, 4096, 0.65, copy_share=0.15),
+    Phase(0.10, 64, 2048, 0.0, copy_share=1.0),
+    Phase(0.22, 256, 4096, 0.65, copy_share=0.15),
     Phase(0.48, 512, 4096, 0.55, copy_share=0.05),
     Phase(0.74, 1024, 4096, 0.50),
     Phase(1.00, 2048, 8192, 0.45, gap_share=0.25),
@@ -260,7 +260,9 @@ class RowMaker:
         """Runs of random tokens, each said twice: nothing but copying predicts the second."""
         rng, ids, weights = self.rng, [], []
         lowest = len(SPECIAL_TOKENS)
-        pool = range(lowest, lowest + 64) if rng.random() < 0.7 else range(lowest, VOCAB_SIZE)
+        # At first few tokens, so that they are soon known apart and only copying is left to learn.
+        is_wide = phase.recall_share > 0 and rng.random() < 0.5
+        pool = range(lowest, VOCAB_SIZE if is_wide else lowest + 64)
         alphabet = rng.sample(pool, rng.choice((8, 16, 32)))
         while len(ids) <= phase.length:
             run = rng.choices(alphabet, k=rng.randint(4, max(4, phase.length // 3)))
@@ -437,7 +439,7 @@ class Trainer:
     def train_step(self) -> float:
         started = time.monotonic()
         phase = next(phase for phase in PHASES if self.progress() < phase.end)
-        rows_at_once = max(1, 4096 // phase.length)
+        rows_at_once = max(1, min(4096, phase.batch_tokens) // phase.length)
         loss = count = 0.0
         while count < phase.batch_tokens:
             more_loss, more_count = self.accumulate(phase, rows_at_once)

@@ -49,11 +49,10 @@ def cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.processor() or platform.machine()
-    fields = dict(
-        (part.strip() for part in line.split(":", 1))
-        for line in cpuinfo.read_text().splitlines()
-        if ":" in line
-    )
+    fields: dict[str, str] = {}
+    for line in cpuinfo.read_text().splitlines():
+        key, _, value = line.partition(":")
+        fields[key.strip()] = value.strip()
     flags = fields.get("flags", "").split()
     extensions = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags]
     return f"{fields.get('model name', platform.machine())} ({' '.join(extensions)})"

@@ -108,7 +108,7 @@ def test_wrong_values_name_themselves() -> None:
         KVLayout(0, 1, 8, 16, "float16")
     with pytest.raises(ConfigError, match="windows"):
         KVLayout(2, 1, 8, 16, "float16", windows=(8,))
-    with pytest.raises(UnsupportedModelError, match="mamba.*num_attention_heads"):
+    with pytest.raises(UnsupportedModelError, match=r"mamba.*num_attention_heads"):
         KVLayout.from_config({"model_type": "mamba", "num_hidden_layers": 2}, 16, "float16")
 
 

@@ -8,6 +8,7 @@ import itertools
 import os
 import signal
 import stat
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -221,23 +222,24 @@ def test_refusals_keep_their_type_and_the_engine_goes_on(llm: AsyncLLM) -> None:
     run(llm, test)
 
 
-def test_long_texts_do_not_hold_up_the_event_loop(llm: AsyncLLM) -> None:
-    """They are tokenised in a thread: the loop ticks on, and the answer is the same refusal."""
+def test_long_texts_are_tokenised_beside_the_event_loop(
+    llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = llm.tokenizer
+    assert tokenizer is not None
+    encode, threads = tokenizer.encode, list[bool]()
+
+    def recorded(text: str, **options: Any) -> list[int]:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", recorded)
 
     async def test() -> None:
-        ticks = 0
-
-        async def tick() -> None:
-            nonlocal ticks
-            while True:
-                await asyncio.sleep(0.001)
-                ticks += 1
-
-        ticker = asyncio.create_task(tick())
+        await last(llm.generate(TEXT, GREEDY))
         with pytest.raises(RequestError, match="max_model_len"):
-            await last(llm.generate(TEXT * 20_000))
-        ticker.cancel()
-        assert ticks > 5
+            await last(llm.generate(TEXT * 1000))
+        assert threads == [True, False]
 
     run(llm, test)
 

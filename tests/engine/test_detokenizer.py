@@ -207,12 +207,13 @@ def test_an_unfinished_character_is_flushed_as_replacement() -> None:
     assert pieces(detokenizer_of(tokenizer, []), ids) == [""] * len(ids) + ["\ufffd"]
 
 
-@pytest.mark.parametrize("pattern", ["<0xFF>", "<0xE2>", "</s>", "<unk>"])
+@pytest.mark.parametrize("pattern", ["<0xFF>", "<0xE2>", "</s>", "<unk>", "no such token"])
 def test_the_window_stays_small_whatever_comes(pattern: str) -> None:
     """Endless bytes that never make a character, tokens without text: O(1) per token."""
     tokenizer = sentencepiece_like()
     detokenizer = WindowDetokenizer(tokenizer, [], skip_special_tokens=pattern != "<unk>")
     token_id = tokenizer.backend.token_to_id(pattern)
+    token_id = 10**6 if token_id is None else token_id  # has no text
     for _ in range(200):
         detokenizer.push(token_id)
         assert len(detokenizer._ids) <= 16
@@ -266,6 +267,8 @@ def test_of_several_stop_strings_the_first_to_end_wins() -> None:
 
 def test_no_stop_string_ends_before_min_tokens() -> None:
     assert run_stops(["a.", "b", "c.", "d"], ["."], armed_from=2) == (["a.", "b", "c"], ".")
+    # Held back as the beginning of another stop string, it still does not count.
+    assert run_stops(["a", "a", "c"], ["aa", "aab"], armed_from=2) == (["", "", "aac", ""], None)
     # It may begin before, and end after.
     assert run_stops(["a", "a", "a", "b"], ["aa"], armed_from=2) == (["", "a", ""], "aa")
 

@@ -267,9 +267,7 @@ def test_stepped_request_forks_and_advances() -> None:
 
 
 def test_window_frees_blocks_behind_it_and_still_reuses() -> None:
-    core, _, _ = ledger_engine(
-        num_blocks=12, block_size=4, window=8, max_num_batched_tokens=16
-    )
+    core, _, _ = ledger_engine(num_blocks=12, block_size=4, window=8, max_num_batched_tokens=16)
     add(core, "a", prompt_of(120), 40)  # 160 tokens through a pool of 48
     used = 0
     tokens: list[int] = []

@@ -67,6 +67,17 @@ def test_dummy_weights_leave_the_global_random_state_alone(tmp_path: Path) -> No
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_half_precision_weights_are_packed_on_the_cpu(tmp_path: Path) -> None:
+    save_model("llama", tmp_path)
+    kinds = {}
+    for dtype in ("bfloat16", "float32"):
+        model = load_tiny(tmp_path, dtype=dtype, device="cpu").model
+        kinds[dtype] = type(model.model.layers[0].mlp.up_proj)
+    assert kinds["float32"] is nn.Linear
+    if can_pack("cpu", torch.bfloat16):
+        assert kinds["bfloat16"] is PackedLinear
+
+
 @pytest.mark.parametrize(
     ("named", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
 )
@@ -153,11 +164,11 @@ def test_a_truncated_weight_file(tmp_path: Path) -> None:
         load_tiny(tmp_path)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_no_cuda_device(tmp_path: Path) -> None:
+def test_a_device_without_kernels(tmp_path: Path) -> None:
     save_model("llama", tmp_path)
     with pytest.raises(ConfigError, match=r"device='cuda'.*use cpu"):
         load_tiny(tmp_path, device="cuda")
+    assert load_tiny(tmp_path, device="auto").device == torch.device("cpu")
 
 
 def test_the_probe_runs_unless_it_is_switched_off(

@@ -12,11 +12,19 @@ from model_steps import load_tiny
 from tiny_models import save_model
 
 from tierkv.errors import UnsupportedModelError
+from tierkv.model import loader
 from tierkv.model import probe as probe_module
 from tierkv.model.loaded import LoadedModel
 from tierkv.model.probe import probe, verify_model
 
 
+@pytest.fixture
+def _plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading probes before it packs weights; these tests probe after loading."""
+    monkeypatch.setattr(loader, "pack_linears", lambda model: 0)
+
+
+@pytest.mark.usefixtures("_plain_weights")
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "qwen2-moe", "gpt-oss", "stablelm"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_served_families_pass(family: str, dtype: str, tmp_path: Path) -> None:
@@ -26,6 +34,12 @@ def test_served_families_pass(family: str, dtype: str, tmp_path: Path) -> None:
     assert result.limit == probe_module.MAX_FLOAT32_DIFFERENCE
 
 
+def test_packed_weights_are_probed_as_they_are(tmp_path: Path) -> None:
+    result = verify_model(load_tiny(save_model("llama", tmp_path), dtype="bfloat16"))
+    assert 1e-4 < result.difference < result.limit / 2
+
+
+@pytest.mark.usefixtures("_plain_weights")
 def test_large_half_precision_models_are_probed_as_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -38,6 +52,7 @@ def test_large_half_precision_models_are_probed_as_they_are(
         verify_model(_with_windows(loaded, 8))
 
 
+@pytest.mark.usefixtures("_plain_weights")
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     loaded = load_tiny(save_model("llama", tmp_path), dtype="bfloat16")
     before = {name: x.clone() for name, x in _state(loaded).items()}

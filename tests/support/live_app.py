@@ -18,7 +18,7 @@ from tierkv.engine.async_llm import AsyncLLM
 from tierkv.server.app import AppSettings, make_app
 from tierkv.server.run import bind, url_of
 
-PATIENCE_S = 60
+PATIENCE_S = 300
 
 
 class LiveApp:

@@ -24,7 +24,7 @@ CHAT_TEMPLATE = (
     "<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{{ opening | default('') }}{% endif %}"
 )
-LOADING_S = 120
+LOADING_S = 300
 
 
 def save_tokenizer(directory: Path) -> None:
@@ -84,9 +84,9 @@ class ServerProcess:
 
     def client(self, api_key: str = "none") -> openai.OpenAI:
         """OpenAI's own client, without retries."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=300)
 
-    def wait(self, timeout_s: float = 30) -> int:
+    def wait(self, timeout_s: float = 120) -> int:
         """The exit status, once it ends."""
         status = self.process.wait(timeout_s)
         self._reader.join(timeout_s)

@@ -81,8 +81,8 @@ def num_pool_blocks(
         config: `num_gpu_blocks`, else `kv_cache_memory`, else what the device leaves.
         layout: bytes of a block.
         device: where the pool will be.
-        free_bytes: on CUDA, what is left for KV after a profiling run (`free_cuda_bytes`); on the
-            CPU, memory available to this process, measured if None.
+        free_bytes: on CUDA, what `gpu_memory_utilization` leaves for KV after a profiling run; on
+            the CPU, memory available to this process, measured if None.
 
     Raises:
         ConfigError: not even one block fits, with the numbers.
@@ -153,16 +153,3 @@ def _reclaimable(group: Path) -> int:
         return 0
     rows = (line.split() for line in stat.read_text().splitlines())
     return sum(int(size) for name, size in rows if name == "inactive_file")
-
-
-def free_cuda_bytes(config: EngineConfig, device: torch.device) -> int:
-    """Bytes left for the pool: the chosen share of the GPU less the peak of a profiling run.
-
-    Call it after a forward pass of `max_num_batched_tokens` tokens; it resets the peak first
-    seen by the caller through `torch.cuda.reset_peak_memory_stats`.
-    """
-    free, total = torch.cuda.mem_get_info(device)
-    stats = torch.cuda.memory_stats(device)
-    peak = int(stats["allocated_bytes.all.peak"])
-    outside = total - free - int(stats["reserved_bytes.all.current"])
-    return int(total * config.gpu_memory_utilization) - peak - max(0, outside)

@@ -30,7 +30,7 @@ _EXIT_S = 10.0
 # interpreter needs no `if __name__ == "__main__"` in the user's program.
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from tierkv.engine.process import main; sys.exit(main(sys.argv[2]))"
+    "from tierkv.engine.process import main; main(sys.argv[2])"
 )
 
 Message = Callable[[str, list[Any]], None]

@@ -97,8 +97,8 @@ class EngineLoop:
         self._is_stopping = True
 
 
-def main(directory: str) -> int:
-    """Run the engine behind the sockets in `directory`; returns the exit status."""
+def main(directory: str) -> None:
+    """Run the engine behind the sockets in `directory`, then end this process."""
     # Ctrl-C in a terminal reaches every process of the group; the front end decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, args=(directory,), daemon=True).start()
@@ -107,7 +107,10 @@ def main(directory: str) -> int:
         outbox = connect_push(context, Path(directory) / FROM_ENGINE)
         outbox.linger = _LINGER_MS
         with inbox, outbox:
-            return _serve(inbox, outbox)
+            status = _serve(inbox, outbox)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # unloading torch takes up to seconds, and there is nothing left to do
 
 
 def bind_pull(context: zmq.Context[zmq.Socket[bytes]], path: Path) -> zmq.Socket[bytes]:

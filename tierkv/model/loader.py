@@ -20,6 +20,8 @@ from tierkv.model.probe import verify_model
 
 logger = logging.getLogger(__name__)
 
+_KERNEL_DEVICES = ("cpu",)
+
 DEMO = Path(__file__).parent / "demo"
 """Directory of the built-in model `demo`."""
 
@@ -112,11 +114,11 @@ def _model_class(hf_config: Any) -> type[Any] | None:
 
 
 def _device(config: EngineConfig) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", config.device, "torch sees no CUDA device here; use cpu")
-    return torch.device(config.device)
+    """The device asked for; `auto` is the one that has kernels."""
+    name = "cpu" if config.device == "auto" else config.device
+    if name not in _KERNEL_DEVICES:
+        raise ConfigError("device", config.device, "this version computes on the CPU only; use cpu")
+    return torch.device(name)
 
 
 def _dtype(config: EngineConfig, hf_config: Any, device: torch.device) -> torch.dtype:

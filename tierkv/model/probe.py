@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tierkv.cache.pools import GpuPool
 from tierkv.errors import UnsupportedModelError
+from tierkv.kernels.linear import PackedLinear
 from tierkv.kernels.metadata import build_metadata
 from tierkv.model import attention
 from tierkv.model.inputs import StepInputs
@@ -82,8 +83,7 @@ def verify_model(loaded: LoadedModel) -> ProbeResult:
 @torch.inference_mode()
 def probe(loaded: LoadedModel) -> ProbeResult:
     """Compare paged and eager logits of two random texts; the model is left as it was."""
-    num_parameters = sum(weight.numel() for weight in loaded.model.parameters())
-    is_widened = num_parameters <= _FLOAT32_PARAMETERS and loaded.dtype is not torch.float32
+    is_widened = loaded.dtype is not torch.float32 and _can_widen(loaded.model)
     if is_widened:
         loaded = replace(loaded, dtype=torch.float32)
     generator = torch.Generator().manual_seed(_SEED)
@@ -94,6 +94,13 @@ def probe(loaded: LoadedModel) -> ProbeResult:
     if loaded.dtype is torch.float32:
         return ProbeResult(_largest_difference(expected, found), MAX_FLOAT32_DIFFERENCE)
     return ProbeResult(_typical_difference(expected, found), MAX_HALF_DIFFERENCE)
+
+
+def _can_widen(model: nn.Module) -> bool:
+    """Small enough to be held in fp32 as well, and its weights still plain tensors."""
+    num_parameters = sum(weight.numel() for weight in model.parameters())
+    is_packed = any(isinstance(module, PackedLinear) for module in model.modules())
+    return num_parameters <= _FLOAT32_PARAMETERS and not is_packed
 
 
 @contextmanager
