@@ -117,6 +117,7 @@ def recall_events(fill: Filler, rng: random.Random, chars: int) -> Iterator[tupl
     secrets = invent_secrets(rng, rng.randint(2, 8), (5, 5, 5, 4, 6))
     known: list[Secret] = []
     longest = max(60, chars // 3)
+    filler_share = rng.choice((0.15, 0.8))
     while chars > 0:
         if secrets and (not known or rng.random() < 0.4):
             for _ in range(min(len(secrets), rng.randint(1, 3))):
@@ -124,7 +125,7 @@ def recall_events(fill: Filler, rng: random.Random, chars: int) -> Iterator[tupl
                 event = ("text", planted(known[-1], rng))
                 chars -= len(event[1])
                 yield event
-        if rng.random() < 0.8:
+        if rng.random() < filler_share:
             event = (
                 "text",
                 fill(int(math.exp(rng.uniform(3, math.log(longest))))),
@@ -139,7 +140,7 @@ def recall_events(fill: Filler, rng: random.Random, chars: int) -> Iterator[tupl
 
 def plain_recall(fill: Filler, rng: random.Random, chars: int) -> str:
     """A recall document as running text; the answer is the code, or a sentence with it."""
-    is_short, parts = rng.random() < 0.6, []
+    is_short, parts = rng.random() < 0.4, []
     for kind, text in recall_events(fill, rng, chars):
         if kind == "ask" and is_short:
             question, answer = text.split("\n")

@@ -13,12 +13,14 @@
 #include "many_rows.h"
 #include "step.h"
 
-#define MIN_SPLIT 256 /* fewer keys than this are not worth a part of their own */
+#define MIN_SPLIT 256       /* fewer keys than this are not worth a part of their own */
+#define MIN_PARALLEL 4096   /* less cost than this (some 30 us) is not worth waking threads for */
 
 typedef struct {
     Item *items;
     int64_t count, capacity, parts; /* parts: floats that partial results take */
-    int64_t split;                  /* most keys of a few-row item */
+    int64_t cost;                   /* of all items */
+    int64_t split;                  /* most keys of one item whose keys can be shared out */
     int failed;
 } Plan;
 
@@ -34,6 +36,7 @@ static void push(Plan *plan, Item item) {
         plan->capacity = capacity;
     }
     item.cost = item.rows * (item.head1 - item.head0) * (item.key1 - item.key0);
+    plan->cost += item.cost;
     plan->items[plan->count++] = item;
 }
 
@@ -159,7 +162,9 @@ static int run_plan(const Args *a, const Plan *plan, const Item *sorted, float *
     int64_t few = few_rows_scratch(a->num_kv_heads, FEW_ROWS, a->head_dim);
     int64_t floats = max64(few, many_rows_scratch(a->head_dim));
     int failed = 0;
-#pragma omp parallel num_threads(a->num_threads) reduction(| : failed)
+    const int parallel = plan->count > 1 && plan->cost >= MIN_PARALLEL;
+    (void)parallel; /* read by OpenMP only */
+#pragma omp parallel num_threads(a->num_threads) reduction(| : failed) if (parallel)
     {
         float *scratch = thread_scratch(floats);
         failed = !scratch;

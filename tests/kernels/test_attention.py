@@ -125,8 +125,9 @@ def test_a_sequence_does_not_feel_its_neighbours(query_lens, backend, make_step,
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_thread_counts_agree(num_threads, make_step, shape_type) -> None:
-    step = make_step(shape_type(), [1, 70, 1], [3000, 90, 2])
+@pytest.mark.parametrize("group", [3, 12])
+def test_thread_counts_agree(group, num_threads, make_step, shape_type) -> None:
+    step = make_step(shape_type(group=group), [1, 70, 1], [3000, 90, 2])
     torch.set_num_threads(num_threads)
     found = ops.paged_attention(step.q, step.kv, step.meta, scale=0.125)
     wanted = reference.paged_attention(step.q, step.kv, step.meta, scale=0.125)

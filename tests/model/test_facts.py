@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import transformers
 from tiny_models import REFUSED
-from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BloomConfig, GenerationConfig, LlamaConfig
 
 from tierkv.errors import UnsupportedModelError
 from tierkv.model import facts
@@ -78,6 +78,12 @@ def test_eos_tokens(
     assert facts.eos_token_ids(LlamaConfig(eos_token_id=config), tmp_path) == ids
     if generation is None:
         assert facts.eos_token_ids(LlamaConfig(eos_token_id=config), None) == ids
+
+
+def test_eos_tokens_that_came_with_the_weights() -> None:
+    config, loaded = LlamaConfig(eos_token_id=2), GenerationConfig(eos_token_id=[8, 9])
+    assert facts.eos_token_ids(config, None, loaded) == {8, 9}
+    assert facts.eos_token_ids(config, None, GenerationConfig()) == {2}
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -17,6 +17,7 @@ from tierkv.config import EngineConfig
 from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.kernels.linear import PackedLinear, can_pack
 from tierkv.model import probe
+from tierkv.model.fuse import FusedLinear
 from tierkv.model.loader import load_model
 
 
@@ -67,15 +68,15 @@ def test_dummy_weights_leave_the_global_random_state_alone(tmp_path: Path) -> No
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_half_precision_weights_are_packed_on_the_cpu(tmp_path: Path) -> None:
+def test_half_precision_weights_are_fused_and_packed_on_the_cpu(tmp_path: Path) -> None:
     save_model("llama", tmp_path)
-    kinds = {}
-    for dtype in ("bfloat16", "float32"):
-        model = load_tiny(tmp_path, dtype=dtype, device="cpu").model
-        kinds[dtype] = type(model.model.layers[0].mlp.up_proj)
-    assert kinds["float32"] is nn.Linear
+    half = load_tiny(tmp_path, dtype="bfloat16").model.model.layers[0]
+    full = load_tiny(tmp_path, dtype="float32").model.model.layers[0]
+    assert type(full.mlp.up_proj) is type(full.mlp.down_proj) is nn.Linear
+    assert isinstance(half.mlp.up_proj, FusedLinear)
     if can_pack("cpu", torch.bfloat16):
-        assert kinds["bfloat16"] is PackedLinear
+        assert isinstance(half.mlp.up_proj.group.linear, PackedLinear)
+        assert isinstance(half.mlp.down_proj, PackedLinear)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from tierkv.model.probe import probe, verify_model
 
 @pytest.fixture
 def _plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading probes before it packs weights; these tests probe after loading."""
+    """Loading probes before it fuses and packs weights; these tests probe after loading."""
     monkeypatch.setattr(loader, "pack_linears", lambda model: 0)
+    monkeypatch.setattr(loader, "fuse_projections", lambda model: 0)
 
 
 @pytest.mark.usefixtures("_plain_weights")

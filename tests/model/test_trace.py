@@ -126,3 +126,14 @@ def test_layers_of_different_shape() -> None:
     model.model.layers[2].self_attn.config = model.config
     with pytest.raises(UnsupportedModelError, match=r"differ.*\(1, 16, 16\), \(2, 16, 16\)"):
         trace_layers(model)
+
+
+def test_a_forward_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_model(FAMILIES["llama"]())
+
+    def fail(hidden_states: torch.Tensor, **_: Any) -> torch.Tensor:
+        raise KeyError("past_key_values")
+
+    monkeypatch.setattr(model.model.layers[0], "forward", fail)
+    with pytest.raises(UnsupportedModelError, match=r"fails without a KV cache.*past_key_values"):
+        trace_layers(model)

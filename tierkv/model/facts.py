@@ -65,16 +65,23 @@ def max_positions(config: Any) -> int:
     return length
 
 
-def eos_token_ids(config: Any, directory: Path | None) -> frozenset[int]:
-    """Tokens that end a text: `generation_config.json` if it says so, else the config."""
+def eos_token_ids(
+    config: Any, directory: Path | None, generation_config: Any = None
+) -> frozenset[int]:
+    """Tokens that end a text, from the first of these that says so.
+
+    Args:
+        config: the model's config, asked last.
+        directory: where `generation_config.json` may lie, asked first.
+        generation_config: what transformers loaded beside the weights (a hub model's).
+    """
     found: Any = None
     if directory is not None and (directory / "generation_config.json").is_file():
         text = (directory / "generation_config.json").read_text(encoding="utf-8")
         found = json.loads(text).get("eos_token_id")
-    if found is None:
-        found = getattr(text_config(config), "eos_token_id", None)
-    if found is None:
-        found = getattr(config, "eos_token_id", None)
+    for source in (generation_config, text_config(config), config):
+        if found is None:
+            found = getattr(source, "eos_token_id", None)
     if found is None:
         return frozenset()
     return frozenset([found] if isinstance(found, int) else found)

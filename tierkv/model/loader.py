@@ -15,6 +15,7 @@ from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.kernels.linear import pack_linears
 from tierkv.model import attention, facts, rope, trace
 from tierkv.model.fingerprint import model_fingerprint
+from tierkv.model.fuse import fuse_projections
 from tierkv.model.loaded import LoadedModel, dtype_name
 from tierkv.model.probe import verify_model
 
@@ -54,7 +55,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         dtype=dtype,
         layers=layers,
         max_model_len=max_model_len,
-        eos_token_ids=facts.eos_token_ids(hf_config, directory),
+        eos_token_ids=facts.eos_token_ids(hf_config, directory, model.generation_config),
         vocab_size=_vocab_size(model),
         fingerprint=fingerprint,
     )
@@ -65,9 +66,10 @@ def load_model(config: EngineConfig) -> LoadedModel:
 
 
 def _speed_up(loaded: LoadedModel) -> None:
-    """Lay half-precision weights out for the CPU; after the probe, which needs them plain."""
+    """Fuse and lay out half-precision weights for the CPU; the probe needs them plain."""
     if loaded.device.type == "cpu" and loaded.dtype is not torch.float32:
-        logger.debug("packed %d linear layers", pack_linears(loaded.model))
+        num_fused, num_packed = fuse_projections(loaded.model), pack_linears(loaded.model)
+        logger.debug("%d groups of projections fused, %d layers packed", num_fused, num_packed)
 
 
 def load_config(config: EngineConfig, source: str) -> Any:

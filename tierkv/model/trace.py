@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from tierkv.errors import InvariantError, UnsupportedModelError
+from tierkv.errors import InvariantError, TierkvError, UnsupportedModelError
 
 IMPLEMENTATION = "tierkv_trace"
 _NUM_TOKENS = 4
@@ -104,6 +104,10 @@ def trace_layers(model: PreTrainedModel) -> list[LayerFacts]:
     try:
         with torch.inference_mode():
             model(input_ids=tokens, use_cache=False, **kwargs)
+    except TierkvError:
+        raise
+    except Exception as error:  # foreign code may fail in any way; all of them mean the same
+        raise _refusal(name, f"its forward fails without a KV cache ({error!r})") from error
     finally:
         _trace.reset(token)
     if not trace.calls:
