@@ -142,7 +142,7 @@ def linear_rows(
     packed = PackedLinear(plain)
     x = torch.randn(rows, size[0]).to(DTYPES[dtype])
     times = measure(
-        {"torch": lambda: plain(x), "packed": lambda: packed(x)}, 3 * args.repeats, args.read_clock
+        {"packed": lambda: packed(x), "torch": lambda: plain(x)}, 3 * args.repeats, args.read_clock
     )
     num_bytes = plain.weight.numel() * plain.weight.element_size()
     what = {"op": "linear", "case": f"{size[0]}->{size[1]}, {rows} rows", "dtype": dtype}

@@ -35,7 +35,7 @@ class AttentionMetadata:
             where it lies outside the segment.
         block_size: tokens per block.
         query_len_list, context_len_list, key_start_list, key_len_list: the same as Python ints.
-        max_block_id: largest physical block the tables name (-1 when they name none).
+        max_block_id: largest physical block the tables name, padding included; -1 without any.
         plans: scratch space in which a backend keeps what it derived from this step.
     """
 
@@ -186,14 +186,13 @@ def _pack_tables(
         return torch.zeros(len(used), 0, dtype=torch.int64), -1
     padding = array("q", bytes(8 * width))
     flat = array("q")
-    highest = -1
     for table, count in zip(block_tables, used, strict=True):
-        row = table if len(table) == count else table[:count]
-        flat.extend(row)
-        flat.extend(padding[count:])
-        highest = max(highest, max(row, default=-1))
+        flat.extend(table if len(table) == count else table[:count])
+        if count < width:
+            flat.extend(padding[count:])
     tables = torch.frombuffer(flat, dtype=torch.int64).view(-1, width)
-    if int(tables.min()) < 0:
+    lowest, highest = (int(bound) for bound in tables.aminmax())
+    if lowest < 0:
         raise ValueError("block_tables must not hold negative block ids")
     return tables, highest
 

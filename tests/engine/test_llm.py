@@ -283,8 +283,12 @@ def test_a_stream_left_early_is_aborted(llm: LLM, num_taken: int) -> None:
     assert llm.metrics()["gpu_blocks_used"] == 0
 
 
-def test_an_interrupt_aborts_everything(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_aborts_everything(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Ctrl-C in the middle of a step takes effect after it."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells may ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
     before = llm.metrics()
     step, num_steps = llm._engine.step, itertools.count(1)
 

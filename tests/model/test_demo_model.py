@@ -99,7 +99,7 @@ def planted(rng: random.Random, gap_chars: int) -> tuple[str, str]:
         ("".join(names[3 * i : 3 * i + 3]).capitalize(), str(rng.randrange(10000, 100000)))
         for i in range(4)
     ]
-    prose = " ".join(topics["NUMBERMETHODS"].split()).replace("  ", " ")
+    prose = " ".join(topics["specialnames"].split())
     start = prose.index(" ", rng.randrange(len(prose) - 2 * gap_chars)) + 1
     codes = " ".join(f"The code of {name} is {code}." for name, code in secrets)
     name, code = rng.choice(secrets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,13 @@ def test_one_product_for_one_input_and_nothing_is_kept() -> None:
     calls: list[int] = []
     _group(module).linear.register_forward_hook(lambda *_: calls.append(1))
     x, y = torch.randn(1, 5, 12), torch.randn(1, 5, 12)
-    for value in (x, y):
+    for value in (y, x):
         _ = module.q_proj(value), module.k_proj(value), module.v_proj(value)
     assert len(calls) == 2
-    assert _group(module)._input is None
-    assert not any(share is not None for share in _group(module)._shares)
+    assert _group(module).num_waiting == 0
+    gone = weakref.ref(x)
+    del x, value
+    assert gone() is None
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ end only the front end holds, so the end of that pipe is the end of the front en
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -136,6 +137,9 @@ def _serve(inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> int:
         engine = EngineCore.from_config(EngineConfig.from_mapping(options))
     except BaseException as error:
         return _report("failed", error, outbox)
+    # The model's objects live as long as the process: no collection need look at them again.
+    gc.collect()
+    gc.freeze()
     outbox.send(wire.pack("ready", wire.encode_info(engine.info)))
     try:
         EngineLoop(engine, inbox, outbox).run()

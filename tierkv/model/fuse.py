@@ -16,6 +16,17 @@ from torch import Tensor, nn
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+class _Shares:
+    """Outputs that wait for their sibling; no Module, whose attributes are slow to set."""
+
+    __slots__ = ("source", "parts", "num_waiting")
+
+    def __init__(self) -> None:
+        self.source: Tensor | None = None
+        self.parts: list[Tensor | None] = []
+        self.num_waiting = 0
+
+
 class FusedGroup(nn.Module):
     """The joint linear layer of siblings.
 
@@ -32,21 +43,31 @@ class FusedGroup(nn.Module):
         self.linear.weight = _stack([sibling.weight for sibling in siblings])
         if first.bias is not None:
             self.linear.bias = _stack([sibling.bias for sibling in siblings])
-        self._input: Tensor | None = None
-        self._shares: list[Tensor | None] = [None] * len(siblings)
+        self._shares = _Shares()
 
-    def share(self, index: int, x: Tensor) -> Tensor:
+    @property
+    def num_waiting(self) -> int:
+        """Outputs computed for a sibling that has not been called yet."""
+        return self._shares.num_waiting
+
+    def forward(self, x: Tensor, index: int) -> Tensor:
         """Sibling `index`'s output for x `[..., in_features]`, computed now or already there."""
-        kept = self._shares[index] if self._input is x else None
-        if kept is None:
-            self._input = x
-            self._shares = list(self.linear(x).split(self.sizes, -1))
-            kept = self._shares[index]
-        self._shares[index] = None
-        if not any(share is not None for share in self._shares):
-            self._input = None  # activations must not outlive the layer
-        assert kept is not None
-        return kept
+        shares = self._shares
+        part = shares.parts[index] if shares.source is x else None
+        if part is None:
+            part = self._compute(x, index)
+        shares.parts[index] = None
+        shares.num_waiting -= 1
+        if not shares.num_waiting:
+            shares.source = None  # activations must not outlive the layer
+        return part
+
+    def _compute(self, x: Tensor, index: int) -> Tensor:
+        parts = self.linear(x).split_with_sizes(self.sizes, -1)
+        shares = self._shares
+        shares.source, shares.parts, shares.num_waiting = x, list(parts), len(parts)
+        part: Tensor = parts[index]
+        return part
 
 
 class FusedLinear(nn.Module):
@@ -59,7 +80,7 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the `nn.Linear` it replaces; the result may be a strided view."""
-        return self.group.share(self.index, x)
+        return self.group.forward(x, self.index)
 
 
 def fuse_projections(model: nn.Module) -> int:
