@@ -11,6 +11,7 @@ from tierkv.config import EngineConfig
 from tierkv.engine.core import EngineCore, EngineInfo, MonotonicClock
 from tierkv.engine.sampler import TorchSampler
 from tierkv.errors import ConfigError
+from tierkv.kernels.ops import get_backend
 from tierkv.model.loaded import LoadedModel, dtype_name
 from tierkv.model.loader import load_model
 from tierkv.model.runner import ModelRunner
@@ -28,7 +29,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
     loaded = load_model(config)
     layout = loaded.layout(config.block_size)
     num_blocks = num_pool_blocks(config, layout, loaded.device)
-    window = common_window(layout)
+    window = layout.common_window
     config = dataclasses.replace(config, max_num_seqs=min(config.max_num_seqs, num_blocks))
     info = EngineInfo(
         model=config.model,
@@ -44,15 +45,10 @@ def build_engine(config: EngineConfig) -> EngineCore:
         window=window,
     )
     pool = GpuPool(layout, num_blocks, loaded.device)
+    logger.debug("attention kernels: %s", get_backend())  # compiled now, not in the first request
     _log_start(info, layout)
     runner = ModelRunner(loaded, pool)
     return EngineCore(config, info, runner, TorchSampler(config.seed), MonotonicClock())
-
-
-def common_window(layout: KVLayout) -> int | None:
-    """How far back any layer looks when every layer has a sliding window, else None."""
-    windows = [window for window in layout.windows if window is not None]
-    return max(windows) if windows and len(windows) == layout.num_layers else None
 
 
 def _max_model_len(
