@@ -1,4 +1,4 @@
-"""Recall documents for the demo model, and how well it recalls them.
+"""The demo model's text and recall documents, and how well it recalls.
 
 A recall document plants codes ("The code of Velora is 48213."), continues with other text, and asks
 for one of them. The answer is in the context and nowhere else, so a model can only give it by
@@ -14,12 +14,16 @@ arXiv:2305.16300), section 4.2, with several keys per document instead of one.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import math
 import random
+import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from inspect import cleandoc
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -35,6 +39,8 @@ MARK_WEIGHTS = {ANSWER_MARK: 6.0, CODE_MARK: 0.05}  # a planted code is noise: n
 
 ONSETS = "b c d f g h j k l m n p r s t v w z br dr gr tr st pl".split()  # noqa: SIM905
 VOWELS = "aeiou"
+SKIPPED_SOURCE = {"test", "tests", "idlelib", "lib2to3", "site-packages", "ensurepip", "encodings"}
+
 Filler = Callable[[int], str]
 """Other text, of about so many characters."""
 
@@ -90,6 +96,67 @@ def invent_secrets(rng: random.Random, count: int, digits: Sequence[int] = (5,))
     return list(found.values())
 
 
+# --- the text of the Python installation ---------------------------------------------------------
+
+
+@dataclass
+class Corpus:
+    """The text of this Python installation."""
+
+    prose: list[str] = field(default_factory=list)
+    docstrings: list[tuple[str, str]] = field(default_factory=list)
+    source: list[str] = field(default_factory=list)
+    sentences: list[str] = field(default_factory=list)
+
+
+def module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def docstrings_of(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
+    """(qualified name, docstring) of a module, its public classes, functions and methods."""
+
+    def visit(node: Any, name: str) -> Iterator[tuple[str, str]]:
+        text = ast.get_docstring(node)
+        if text:
+            yield name, text
+        for child in node.body:
+            if isinstance(child, ast.ClassDef | ast.FunctionDef) and child.name[0] != "_":
+                yield from visit(child, f"{name}.{child.name}")
+
+    yield from visit(tree, module)
+
+
+def first_paragraph(text: str) -> str:
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def topic_sentences() -> list[str]:
+    """English filler that every Python installation has: the prose of `help('topics')`."""
+    paragraphs = (" ".join(p.split()) for text in topics.values() for p in text.split("\n\n"))
+    return [p for p in paragraphs if len(p) > 60 and p[0].isalpha() and p.endswith(".")]
+
+
+def read_corpus() -> Corpus:
+    corpus = Corpus(prose=[cleandoc(text) for text in topics.values()])
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        if SKIPPED_SOURCE & set(path.relative_to(root).parts):
+            continue
+        text = path.read_text(encoding="utf-8", errors="ignore")
+        try:
+            tree = ast.parse(text)
+        except (SyntaxError, ValueError):
+            continue
+        corpus.source.append(text)
+        corpus.docstrings += docstrings_of(tree, module_name(path, root))
+    paragraphs = [first_paragraph(text) for _, text in corpus.docstrings]
+    paragraphs = [p for p in paragraphs if 60 < len(p) < 400 and p.endswith(".") and p.isascii()]
+    corpus.sentences = topic_sentences() + paragraphs
+    return corpus
+
+
 # --- documents to learn from ----------------------------------------------------------------------
 
 
@@ -117,7 +184,6 @@ def recall_events(fill: Filler, rng: random.Random, chars: int) -> Iterator[tupl
     secrets = invent_secrets(rng, rng.randint(2, 8), (5, 5, 5, 4, 6))
     known: list[Secret] = []
     longest = max(60, chars // 3)
-    filler_share = rng.choice((0.15, 0.8))
     while chars > 0:
         if secrets and (not known or rng.random() < 0.4):
             for _ in range(min(len(secrets), rng.randint(1, 3))):
@@ -125,7 +191,7 @@ def recall_events(fill: Filler, rng: random.Random, chars: int) -> Iterator[tupl
                 event = ("text", planted(known[-1], rng))
                 chars -= len(event[1])
                 yield event
-        if rng.random() < filler_share:
+        if rng.random() < 0.8:
             event = (
                 "text",
                 fill(int(math.exp(rng.uniform(3, math.log(longest))))),
@@ -140,7 +206,7 @@ def recall_events(fill: Filler, rng: random.Random, chars: int) -> Iterator[tupl
 
 def plain_recall(fill: Filler, rng: random.Random, chars: int) -> str:
     """A recall document as running text; the answer is the code, or a sentence with it."""
-    is_short, parts = rng.random() < 0.4, []
+    is_short, parts = rng.random() < 0.6, []
     for kind, text in recall_events(fill, rng, chars):
         if kind == "ask" and is_short:
             question, answer = text.split("\n")
@@ -274,14 +340,6 @@ def recall_accuracy(
             )
             table[style][str(distance)] = round(hits / documents, 3)
     return table
-
-
-def topic_sentences() -> list[str]:
-    """English filler that every Python installation has: the prose of `help('topics')`."""
-    from pydoc_data.topics import topics
-
-    paragraphs = (" ".join(p.split()) for text in topics.values() for p in text.split("\n\n"))
-    return [p for p in paragraphs if len(p) > 60 and p[0].isalpha() and p.endswith(".")]
 
 
 # --- the model card -------------------------------------------------------------------------------

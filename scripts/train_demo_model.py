@@ -19,18 +19,15 @@ distances beyond 2048 are not wholly new to the model.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import math
 import platform
 import random
 import sys
-import sysconfig
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +39,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 sys.path.insert(0, str(Path(__file__).parent))  # for PYTHONSAFEPATH=1
 import eval_demo_model as recall
-from eval_demo_model import BOS, EOS, PAD, split_marks
+from eval_demo_model import BOS, EOS, PAD, Corpus, first_paragraph, split_marks
 
 VOCAB_SIZE = 4096
 MAX_POSITIONS = 32768
@@ -62,7 +59,6 @@ PRE_TOKENIZER = (
 CHATS = json.loads(
     (Path(__file__).parents[1] / "tierkv/model/demo/chats.json").read_text(encoding="utf-8")
 )
-SKIPPED_SOURCE = {"test", "tests", "idlelib", "lib2to3", "site-packages", "ensurepip", "encodings"}
 
 
 @dataclass(frozen=True)
@@ -74,74 +70,14 @@ class Phase:
     batch_tokens: int
     recall_share: float
     gap_share: float = 0.0
-    copy_share: float = 0.0
 
 
 PHASES = (
-    Phase(0.10, 64, 2048, 0.0, copy_share=1.0),
-    Phase(0.60, 128, 2048, 0.85, copy_share=0.05),
-    Phase(0.72, 256, 4096, 0.65),
-    Phase(0.82, 512, 4096, 0.55),
-    Phase(0.91, 1024, 4096, 0.50),
-    Phase(1.00, 2048, 8192, 0.45, gap_share=0.25),
+    Phase(0.15, 256, 2048, 0.65),
+    Phase(0.45, 512, 4096, 0.50),
+    Phase(0.70, 1024, 4096, 0.45),
+    Phase(1.00, 2048, 4096, 0.40, gap_share=0.25),
 )
-
-
-# --- text ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Corpus:
-    """The text of this Python installation."""
-
-    prose: list[str] = field(default_factory=list)
-    docstrings: list[tuple[str, str]] = field(default_factory=list)
-    source: list[str] = field(default_factory=list)
-    sentences: list[str] = field(default_factory=list)
-
-
-def module_name(path: Path, root: Path) -> str:
-    parts = path.relative_to(root).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def docstrings_of(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of a module, its public classes, functions and methods."""
-
-    def visit(node: Any, name: str) -> Iterator[tuple[str, str]]:
-        text = ast.get_docstring(node)
-        if text:
-            yield name, text
-        for child in node.body:
-            if isinstance(child, ast.ClassDef | ast.FunctionDef) and child.name[0] != "_":
-                yield from visit(child, f"{name}.{child.name}")
-
-    yield from visit(tree, module)
-
-
-def first_paragraph(text: str) -> str:
-    return " ".join(text.split("\n\n")[0].split())
-
-
-def read_corpus() -> Corpus:
-    from pydoc_data.topics import topics
-
-    corpus = Corpus(prose=[cleandoc(text) for text in topics.values()])
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        if SKIPPED_SOURCE & set(path.relative_to(root).parts):
-            continue
-        text = path.read_text(encoding="utf-8", errors="ignore")
-        try:
-            tree = ast.parse(text)
-        except (SyntaxError, ValueError):
-            continue
-        corpus.source.append(text)
-        corpus.docstrings += docstrings_of(tree, module_name(path, root))
-    paragraphs = [first_paragraph(text) for _, text in corpus.docstrings]
-    paragraphs = [p for p in paragraphs if 60 < len(p) < 400 and p.endswith(".") and p.isascii()]
-    corpus.sentences = recall.topic_sentences() + paragraphs
-    return corpus
 
 
 # --- chats --------------------------------------------------------------------------------------
@@ -257,23 +193,7 @@ class RowMaker:
             return lambda chars: chat(corpus, rng)
         return lambda chars: plain_text(corpus, rng, chars)
 
-    def copy_row(self, phase: Phase) -> tuple[list[int], list[float]]:
-        """Runs of random tokens, each said twice: nothing but copying predicts the second."""
-        rng, ids, weights = self.rng, [], []
-        lowest = len(SPECIAL_TOKENS)
-        # At first few tokens, so that they are soon known apart and only copying is left to learn.
-        is_wide = phase.recall_share > 0 and rng.random() < 0.5
-        pool = range(lowest, VOCAB_SIZE if is_wide else lowest + 64)
-        alphabet = rng.sample(pool, rng.choice((8, 16, 32)))
-        while len(ids) <= phase.length:
-            run = rng.choices(alphabet, k=rng.randint(4, max(4, phase.length // 3)))
-            ids += run + run
-            weights += [0.02] * len(run) + [0.1] + [1.0] * (len(run) - 1)
-        return ids[: phase.length + 1], weights[: phase.length + 1]
-
     def row(self, phase: Phase) -> tuple[list[int], list[float]]:
-        if self.rng.random() < phase.copy_share:
-            return self.copy_row(phase)
         ids: list[int] = []
         weights: list[float] = []
         make = self.document_maker(phase)
@@ -346,39 +266,73 @@ def build_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
         num_key_value_heads=2,
         head_dim=64,
         max_position_embeddings=MAX_POSITIONS,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000_000.0},
         rms_norm_eps=1e-5,
-        attention_bias=True,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.token_to_id(BOS),
         eos_token_id=tokenizer.token_to_id(EOS),
         pad_token_id=tokenizer.token_to_id(PAD),
     )
     model = LlamaForCausalLM(config)
-    look_back(model, (1, 2))
+    plant_induction(model)
     return model
 
 
-@torch.no_grad()
-def look_back(model: LlamaForCausalLM, offsets: tuple[int, ...], strength: float = 6.0) -> None:
-    """Let the first heads of the first layer start out attending 1, 2, ... tokens back.
+def zero_except(width: int, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """A matrix with these rows, and zeros elsewhere."""
+    matrix = torch.zeros(width, values.shape[-1])
+    matrix[rows] = values
+    return matrix
 
-    Copying needs a head that says what stood before each token and one that looks for it (Olsson
-    et al. 2022, arXiv:2209.11895); waiting for both to form by chance takes most of an hour here.
-    Under rotary embeddings a query bias that is the key bias turned by -d positions scores
-    highest d tokens back, whatever the tokens are.
+
+@torch.no_grad()
+def plant_induction(model: LlamaForCausalLM, width: int = 32) -> None:
+    """Start from an induction circuit instead of waiting for one (Olsson et al. 2022, 2209.11895).
+
+    Two layers have to find each other before a model copies; by chance that takes longer than this
+    run. So the first weights are not all random. Four heads of layer 0 attend 1, 2, 3 and 4 tokens
+    back, and write what they find (`width` directions of the embedding) to four subspaces. Heads of
+    layer 1 look for a place whose previous tokens (1-2 back, or 3-4 back) equal the present ones,
+    and pass its token on. Training is free to change all of it.
     """
-    attention, config = model.model.layers[0].self_attn, model.config
-    half = config.head_dim // 2
-    theta = config.rope_parameters["rope_theta"]
-    frequencies = theta ** (-torch.arange(half) / half)
-    amplitude = torch.where(torch.arange(half) < 12, strength, strength / 2)
-    attention.k_proj.bias[:half] = amplitude
-    attention.k_proj.bias[half : 2 * half] = 0.0
-    for head, offset in enumerate(offsets):
-        bias = attention.q_proj.bias[2 * half * head : 2 * half * (head + 1)]
-        bias[:half] = amplitude * torch.cos(-offset * frequencies)
-        bias[half:] = amplitude * torch.sin(-offset * frequencies)
+    config, embedding = model.config, model.model.embed_tokens.weight
+    size, head, half = config.hidden_size, config.head_dim, config.head_dim // 2
+    basis = torch.zeros(size, size - 1)
+    basis[1:] = torch.linalg.qr(torch.randn(size - 1, size - 1))[0]
+    content, *back = (basis[:, width * i : width * (i + 1)] for i in range(5))
+    embedding += 2 * (embedding @ content) @ content.T
+    for slot in back:
+        embedding -= (embedding @ slot) @ slot.T
+    embedding[:, 0] = 0.16  # the same for all tokens: what attention by position starts from
+
+    first, second = (model.model.layers[i].self_attn for i in (0, 1))
+    frequencies = config.rope_parameters["rope_theta"] ** (-torch.arange(half) / half)[:10]
+    ones, fast = torch.ones(10), torch.arange(10)
+    slow = [torch.arange(half // 2, half), torch.arange(half + half // 2, head)]
+    unit = torch.zeros(1, size)
+    unit[0, 0] = 1.0
+    for h in range(4):
+        # A query turned back by `h + 1` positions scores highest `h + 1` tokens back.
+        angle = frequencies * (h + 1)
+        turned = torch.cat([torch.cos(angle), -torch.sin(angle)])[:, None] * unit
+        rows = slice(h * head, (h + 1) * head)
+        first.q_proj.weight[rows] = zero_except(head, torch.cat([fast, fast + half]), turned)
+        first.o_proj.weight[:, rows] = 0.0
+        first.o_proj.weight[:, h * head : h * head + width] = 0.1 * back[h]
+        second.o_proj.weight[:, rows] *= 0.2
+        second.o_proj.weight[:, h * head : h * head + width] = 0.5 * content
+    sources = [content, *back]
+    for kv in range(2):
+        rows = slice(kv * head, (kv + 1) * head)
+        first.k_proj.weight[rows] = zero_except(head, fast, ones[:, None] * unit)
+        first.v_proj.weight[rows] = zero_except(head, torch.arange(width), content.T)
+        second.v_proj.weight[kv * head : kv * head + width] = content.T
+        for side in (0, 1):
+            offset = 1 + 2 * kv + side
+            second.k_proj.weight[kv * head + slow[side]] = 2 * sources[offset][:, : half // 2].T
+            query = 2 * sources[offset - 1][:, : half // 2].T
+            for h in (2 * kv, 2 * kv + 1):
+                second.q_proj.weight[h * head + slow[side]] = query
 
 
 class Trainer:
@@ -386,7 +340,7 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.corpus = read_corpus()
+        self.corpus = recall.read_corpus()
         self.rng = random.Random(args.seed)
         torch.manual_seed(args.seed)
         self.tokenizer = train_tokenizer(self.corpus, self.rng)
@@ -440,7 +394,7 @@ class Trainer:
     def train_step(self) -> float:
         started = time.monotonic()
         phase = next(phase for phase in PHASES if self.progress() < phase.end)
-        rows_at_once = max(1, min(4096, phase.batch_tokens) // phase.length)
+        rows_at_once = max(1, phase.batch_tokens // phase.length)
         loss = count = 0.0
         while count < phase.batch_tokens:
             more_loss, more_count = self.accumulate(phase, rows_at_once)
@@ -458,7 +412,7 @@ class Trainer:
         """Log one point: the mean loss since the last one, and a quick look at the recall."""
         self.model.eval()
         table = recall.recall_accuracy(
-            self.model, wrap_tokenizer(self.tokenizer), self.corpus.sentences, 20, (64, 256, 1024)
+            self.model, wrap_tokenizer(self.tokenizer), self.corpus.sentences, 10, (64, 512)
         )
         self.model.train()
         point = {"step": self.step, "tokens": self.tokens, "minutes": round(self.seconds / 60, 1)}
