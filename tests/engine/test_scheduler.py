@@ -10,7 +10,7 @@ from ledger import expected_tokens, ledger_engine
 
 from tierkv.engine.core import EngineCore, EngineRequest
 from tierkv.engine.sampling_params import SamplingParams
-from tierkv.errors import CapacityError, RequestError
+from tierkv.errors import CapacityError, EngineDeadError, RequestError
 from tierkv.types import FinishReason
 
 
@@ -280,6 +280,21 @@ def test_window_frees_blocks_behind_it_and_still_reuses() -> None:
     add(core, "b", [*prompt_of(120), *tokens[:30]], 4)
     drain(core)
     assert core.metrics()["hit_tokens"] > 100
+
+
+def test_a_failed_step_ends_the_engine_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its plan was made and never committed: going on would serve wrong KV."""
+    core, ledger, _ = ledger_engine()
+    add(core, "a", prompt_of(6), 9)
+    core.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(ledger, "run", lambda plan: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            core.step()
+    with pytest.raises(EngineDeadError, match="ZeroDivisionError"):
+        core.step()
+    core.abort(["a"])
+    assert core.metrics()["gpu_blocks_used"] == 0
 
 
 def test_reset_prefix_cache() -> None:

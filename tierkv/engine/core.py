@@ -13,7 +13,7 @@ from tierkv.engine.outputs import SequenceOutput
 from tierkv.engine.request import Request, SeqState, Sequence
 from tierkv.engine.sampling_params import SamplingParams
 from tierkv.engine.scheduler import Scheduler
-from tierkv.errors import ConfigError, RequestError
+from tierkv.errors import ConfigError, EngineDeadError, RequestError
 from tierkv.metrics import Metrics
 from tierkv.policies import registry
 from tierkv.protocols import Clock, Executor, Sampler
@@ -99,6 +99,7 @@ class EngineCore:
         )
         self._outbox: list[SequenceOutput] = []
         self._stepped: dict[int, Sequence] = {}
+        self._failure: BaseException | None = None
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> EngineCore:
@@ -114,7 +115,21 @@ class EngineCore:
         return bool(self._outbox) or self.scheduler.has_work
 
     def step(self) -> list[SequenceOutput]:
-        """Plan, run, sample, commit; returns news of every sequence that has any."""
+        """Plan, run, sample, commit; returns news of every sequence that has any.
+
+        Raises:
+            EngineDeadError: an earlier step failed half-way, so that what was planned and what was
+                computed no longer agree.
+        """
+        if self._failure is not None:
+            raise EngineDeadError(f"an earlier step failed: {self._failure!r}")
+        try:
+            return self._step()
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _step(self) -> list[SequenceOutput]:
         plan = self.scheduler.plan()
         outputs: list[SequenceOutput] = []
         if not plan.is_empty:
