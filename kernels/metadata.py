@@ -64,16 +64,6 @@ class AttentionMetadata:
         """Rows in the step, over all sequences."""
         return int(self.positions.shape[0])
 
-    @property
-    def max_query_len(self) -> int:
-        """Rows of the sequence that has most."""
-        return max(self.query_len_list, default=0)
-
-    @property
-    def max_context_len(self) -> int:
-        """Tokens of the longest sequence."""
-        return max(self.context_len_list, default=0)
-
 
 def build_metadata(
     query_lens: Sequence[int],

@@ -24,7 +24,7 @@ TOKEN_BYTES = 4
 def root_key(fingerprint: bytes, salt: str) -> BlockKey:
     """The parent key of every first block computed by one model under one salt."""
     size = len(fingerprint).to_bytes(4, "big")
-    return blake2b(b"tierkv root" + size + fingerprint + salt.encode(), digest_size=16).digest()
+    return blake2b(b"tierkv root" + size + fingerprint + salt.encode(), digest_size=KEY_BYTES).digest()
 
 
 def block_key(parent: BlockKey, tokens: bytes) -> BlockKey:
@@ -56,5 +56,5 @@ def extend_keys(
     step = block_size * TOKEN_BYTES
     key = keys[-1] if keys else root
     for offset in range(0, len(packed), step):
-        key = blake2b(key + packed[offset : offset + step], digest_size=KEY_BYTES).digest()
+        key = block_key(key, packed[offset : offset + step])
         keys.append(key)

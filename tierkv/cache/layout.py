@@ -131,11 +131,6 @@ class KVLayout:
         """`(num_layers, 2, num_kv_heads, block_size, head_dim)`."""
         return self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_dim
 
-    @property
-    def num_groups(self) -> int:
-        """Groups of equally shaped layers."""
-        return 1
-
     def place(self, layer: int) -> LayerPlace:
         """Where `layer`'s keys and values lie."""
         if not 0 <= layer < self.num_layers:

@@ -120,9 +120,13 @@ class TieredCache:
         return self.residency.tiers[GPU].capacity
 
     @property
+    def num_empty(self) -> int:
+        return self.residency.tiers[GPU].num_empty
+
+    @property
     def num_available(self) -> int:
         """Blocks that could be allocated now: empty, or cached and evictable."""
-        return self.residency.tiers[GPU].num_empty + self.num_evictable
+        return self.num_empty + self.num_evictable
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -136,12 +140,8 @@ class TieredCache:
 
     def blocks_to_grow(self, seq: BlockHolder, num_tokens: int) -> int:
         """Blocks that `grow(seq, num_tokens)` would allocate."""
-        need = -(-num_tokens // self.block_size) - len(seq.block_table)
-        if need < 0:
-            need = 0
-        if self._must_copy_tail(seq):
-            need += 1
-        return need
+        need = max(0, self.blocks_for(num_tokens) - len(seq.block_table))
+        return need + 1 if self._must_copy_tail(seq) else need
 
     # ------------------------------------------------------------------ look up and acquire
 
@@ -199,7 +199,7 @@ class TieredCache:
     def _walk(self, seq: BlockHolder) -> Match:
         limit = (len(seq.token_ids) - 1) // self.block_size
         if self.window is not None:
-            return self._walk_windowed(seq, limit, self.window)
+            return self._walk_windowed(seq, limit)
         blocks: list[Block | None] = []
         get, is_ready = self.tree.get, self.residency.is_ready
         for key in seq.block_keys[:limit]:
@@ -209,7 +209,7 @@ class TieredCache:
             blocks.append(block)
         return Match(blocks, len(blocks) * self.block_size)
 
-    def _walk_windowed(self, seq: BlockHolder, limit: int, window: int) -> Match:
+    def _walk_windowed(self, seq: BlockHolder, limit: int) -> Match:
         """The longest prefix all of whose blocks *within the window* of its end are cached."""
         ready = []
         for key in seq.block_keys[:limit]:
@@ -291,7 +291,7 @@ class TieredCache:
         return tail.pins - self._copies.sources.count(tail) > 1
 
     def _append(self, seq: BlockHolder) -> Block:
-        if self.residency.tiers[GPU].num_empty == 0:
+        if self.num_empty == 0:
             self._evict(1)
         block = Block(private_key(), len(seq.blocks))
         block.pins = 1
@@ -424,8 +424,7 @@ class TieredCache:
 
     def reset(self) -> bool:
         """Forget every cached block; False (and nothing happens) while any block is held."""
-        tier = self.residency.tiers[GPU]
-        if tier.num_empty + self.num_evictable != tier.capacity:
+        if self.num_available != self.num_blocks:
             return False
         self._evict(self.num_evictable, Why.REMOVED)
         return True

@@ -240,14 +240,13 @@ class EngineCore:
     def metrics(self) -> dict[str, Any]:
         """Counters since the start, and gauges of now, as a plain dict."""
         cache = self.cache
-        empty = cache.residency.tiers[next(iter(cache.residency.tiers))].num_empty
         return self._metrics.as_dict() | {
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
             "gpu_blocks": cache.num_blocks,
-            "gpu_blocks_free": empty,
+            "gpu_blocks_free": cache.num_empty,
             "gpu_blocks_cached": cache.num_evictable,
-            "gpu_blocks_used": cache.num_blocks - empty - cache.num_evictable,
+            "gpu_blocks_used": cache.num_blocks - cache.num_available,
             "gpu_blocks_evicted": cache.num_evicted,
         }
 

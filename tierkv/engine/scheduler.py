@@ -149,6 +149,8 @@ class Scheduler:
         self._num_in_flight += 0 if plan.is_empty else 1
         batch = self.cache.take_copies()
         if batch.copies:
+            if plan.is_empty:
+                raise InvariantError("blocks are to be copied by a step that will not run")
             plan.copies = batch.copies
             self._copies[id(plan)] = batch
         return plan
