@@ -24,7 +24,9 @@ TOKEN_BYTES = 4
 def root_key(fingerprint: bytes, salt: str) -> BlockKey:
     """The parent key of every first block computed by one model under one salt."""
     size = len(fingerprint).to_bytes(4, "big")
-    return blake2b(b"tierkv root" + size + fingerprint + salt.encode(), digest_size=KEY_BYTES).digest()
+    return blake2b(
+        b"tierkv root" + size + fingerprint + salt.encode(), digest_size=KEY_BYTES
+    ).digest()
 
 
 def block_key(parent: BlockKey, tokens: bytes) -> BlockKey:
