@@ -152,6 +152,28 @@ def linear_rows(
     ]
 
 
+def row_op_rows(
+    num_rows: int, dtype: str, backends: list[str], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """What runs between the linear layers, once; bytes read and written."""
+    x, joint = (torch.randn(num_rows, n).to(DTYPES[dtype]) for n in (768, 2 * 2048))
+    q, k = (torch.randn(n, num_rows, HEAD_DIM).to(DTYPES[dtype]) for n in (NUM_HEADS, 4))
+    cos, sin = torch.randn(2, num_rows, HEAD_DIM).to(DTYPES[dtype])
+    weight = torch.ones(768)
+    cases: dict[str, tuple[Callable[[], Any], int]] = {
+        "rms_norm": (lambda: ops.rms_norm(x, weight, 1e-5, round_first=True), 2 * x.nbytes),
+        "act_and_mul": (lambda: ops.act_and_mul(joint, "silu"), joint.nbytes * 3 // 2),
+        "rotate": (lambda: ops.rotate(q, k, cos, sin), 2 * (q.nbytes + k.nbytes + cos.nbytes)),
+    }
+    rows = []
+    for name, (run, num_bytes) in cases.items():
+        what = {"op": name, "case": f"{num_rows} rows", "dtype": dtype}
+        runs = {b: on_backend(b, run) for b in backends}
+        times = measure(runs, 10 * args.repeats, args.read_clock)
+        rows += show([{**what, "backend": b, **rates(t, num_bytes)} for b, t in times.items()])
+    return rows
+
+
 def rates(seconds: float, num_bytes: float, flops: float = 0) -> dict[str, float]:
     """A measured time with what it means."""
     return {
@@ -172,6 +194,8 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
                 rows += show(attention_rows(name, num_kv_heads, dtype, backends, args))
         for num_tokens in (32, 2048):
             rows += show(write_rows(num_tokens, dtype, backends, args))
+        for num_rows in (1, 32, 512):
+            rows += row_op_rows(num_rows, dtype, backends, args)
         for size in ((768, 768), (768, 3072), (3072, 768), (768, 50272)):
             for num_rows in (1, 8, 32):
                 rows += show(linear_rows(size, num_rows, dtype, args))

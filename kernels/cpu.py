@@ -81,6 +81,30 @@ def merge_attention(
     return cpu_torch.merge_attention(outs, lses, sinks)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor:
+    """See `ops.rms_norm`."""
+    lib = _library()
+    if lib is None or x.dtype not in cpu_native.DTYPES:
+        return cpu_torch.rms_norm(x, weight, eps, round_first)
+    return cpu_native.rms_norm(lib, x, weight, eps, round_first)
+
+
+def act_and_mul(x: Tensor, activation: str) -> Tensor:
+    """See `ops.act_and_mul`."""
+    lib = _library()
+    if lib is None or x.dtype not in cpu_native.DTYPES:
+        return cpu_torch.act_and_mul(x, activation)
+    return cpu_native.act_and_mul(lib, x, activation)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """See `ops.rotate`."""
+    lib = _library()
+    if lib is None or q.dtype not in cpu_native.DTYPES:
+        return cpu_torch.rotate(q, k, cos, sin)
+    return cpu_native.rotate(lib, q, k, cos, sin)
+
+
 def _library() -> ctypes.CDLL | None:
     """The C kernels, unless they were ruled out or cannot be built."""
     return None if _choice == "torch" else cpu_native.library()

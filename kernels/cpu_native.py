@@ -19,11 +19,14 @@ from tierkv.kernels.metadata import AttentionMetadata, build_metadata
 
 logger = logging.getLogger(__name__)
 
+DTYPES = (torch.float32, torch.bfloat16)
+
 _POINTERS = "q kv out lse sinks query_start context_lens key_start key_lens block_tables"
 _COUNTS = (
     "table_stride num_seqs num_heads num_kv_heads head_dim block_size "
     "q_stride_token q_stride_head kv_stride_block window"
 )
+_ROTARY_COUNTS = "q_heads k_heads q_token k_token q_head k_head tokens dim table_stride"
 
 
 class _Args(Structure):
@@ -36,6 +39,17 @@ class _Args(Structure):
         ("softcap", c_float),
         ("kv_bf16", c_int32),
         ("out_bf16", c_int32),
+        ("num_threads", c_int32),
+    ]
+
+
+class _Rotary(Structure):
+    """The C side's `Rotary` (native/row_ops.c); strides count elements."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "cos", "sin", "q_out", "k_out")),
+        *((name, c_int64) for name in _ROTARY_COUNTS.split()),
+        ("bf16", c_int32),
         ("num_threads", c_int32),
     ]
 
@@ -72,11 +86,16 @@ def _declare(lib: ctypes.CDLL) -> None:
     """Tell ctypes the argument types."""
     lib.tierkv_attention.argtypes = [POINTER(_Args)]
     lib.tierkv_write_kv.argtypes = [c_void_p] * 4 + [c_int64] * 6 + [c_void_p, c_int32]
+    lib.tierkv_rms_norm.argtypes = [c_void_p] * 3 + [c_int64] * 3 + [c_float] + [c_int32] * 3
+    lib.tierkv_act_and_mul.argtypes = [c_void_p] * 2 + [c_int64] * 3 + [c_int32] * 3
+    lib.tierkv_rotate.argtypes = [POINTER(_Rotary)]
+    lib.tierkv_rotate.restype = None
+    lib.tierkv_rms_norm.restype = lib.tierkv_act_and_mul.restype = None
 
 
 def supports(kv: Tensor) -> bool:
     """Can the C attention read this KV?"""
-    return kv.dtype in (torch.float32, torch.bfloat16) and kv.shape[4] % 16 == 0
+    return kv.dtype in DTYPES and kv.shape[4] % 16 == 0
 
 
 def write_kv(lib: ctypes.CDLL, kv: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
@@ -139,6 +158,79 @@ def attention(
         raise MemoryError("paged attention: no memory for its scratch space")
 
 
+def rms_norm(lib: ctypes.CDLL, x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor:
+    """See `ops.rms_norm`."""
+    x, stride = _rows(x)
+    dim = x.shape[-1]
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    lib.tierkv_rms_norm(
+        x.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        out.numel() // dim,
+        dim,
+        stride,
+        eps,
+        x.dtype == torch.bfloat16,
+        round_first,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def act_and_mul(lib: ctypes.CDLL, x: Tensor, activation: str) -> Tensor:
+    """See `ops.act_and_mul`."""
+    x, stride = _rows(x)
+    dim = x.shape[-1] // 2
+    out = x.new_empty((*x.shape[:-1], dim))
+    lib.tierkv_act_and_mul(
+        x.data_ptr(),
+        out.data_ptr(),
+        out.numel() // dim,
+        dim,
+        stride,
+        x.dtype == torch.bfloat16,
+        activation != "silu",
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def rotate(
+    lib: ctypes.CDLL, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See `ops.rotate`."""
+    if q.stride(2) != 1 or k.stride(2) != 1:
+        q, k = q.contiguous(), k.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
+    (heads, tokens, dim), num_kv_heads = q.shape, k.shape[0]
+    q_out = q.new_empty_strided(q.shape, (dim, heads * dim, 1))
+    k_out = q.new_empty_strided(k.shape, (dim, num_kv_heads * dim, 1))
+    (q_head, q_token, _), (k_head, k_token, _) = q.stride(), k.stride()
+    args = _Rotary(
+        q.data_ptr(),
+        k.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        q_out.data_ptr(),
+        k_out.data_ptr(),
+        *(heads, num_kv_heads, q_token, k_token, q_head, k_head, tokens, dim, dim),
+        q.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    lib.tierkv_rotate(byref(args))
+    return q_out, k_out
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """x as evenly spaced rows, copied if it has to be, and the distance between rows."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    if x.stride(-1) == 1 and x.shape[:-2].numel() == 1:
+        return x, x.stride(-2)
+    return x.contiguous(), x.shape[-1]
+
+
 def _meta_fields(meta: AttentionMetadata) -> tuple[int, ...]:
     """Pointers into the step's tensors, the table's row stride and the number of sequences."""
     fields: tuple[int, ...] | None = meta.plans.get("native")
@@ -150,12 +242,25 @@ def _meta_fields(meta: AttentionMetadata) -> tuple[int, ...]:
 
 
 def _works(lib: ctypes.CDLL) -> bool:
-    """Does a step with a decode row and a prefill chunk come out as in the reference?"""
+    """Do the row ops and a step with decode row and prefill chunk come out as in the reference?"""
     generator = torch.Generator().manual_seed(0)
     kv = torch.randn(6, 2, 2, 16, 32, generator=generator)
     q = torch.randn(21, 4, 32, generator=generator)
     meta = build_metadata([1, 20], [37, 45], [[0, 4, 2], [1, 3, 5]], 16)
     out = torch.empty_like(q)
     attention(lib, q, kv, meta, out, None, scale=0.2, window=30)
-    expected = reference.paged_attention(q, kv, meta, scale=0.2, window=30)
-    return bool(torch.allclose(out, expected, atol=1e-4, rtol=1e-4))
+    pairs = [(out, reference.paged_attention(q, kv, meta, scale=0.2, window=30))]
+    weight = torch.ones(32)
+    pairs.append(
+        (rms_norm(lib, q, weight, 1.0, True), reference.rms_norm(q, weight, 1.0, round_first=True))
+    )
+    heads, (cos, sin) = q.transpose(0, 1), torch.randn(2, 21, 32, generator=generator)
+    pairs += zip(
+        rotate(lib, heads, heads[:2], cos, sin),
+        reference.rotate(heads, heads[:2], cos, sin),
+        strict=True,
+    )
+    for activation in ("silu", "gelu_tanh"):
+        wanted = reference.act_and_mul(q, activation)
+        pairs.append((act_and_mul(lib, q, activation), wanted))
+    return all(torch.allclose(*pair, atol=1e-4, rtol=1e-4) for pair in pairs)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from tierkv.kernels import reference
 from tierkv.kernels.metadata import AttentionMetadata
 
 _ROWS_AT_ONCE = 256  # of one sequence; bounds the mask and the scores
@@ -53,6 +55,26 @@ def merge_attention(
     for part, weight in zip(outs[1:], weights[1:], strict=True):
         merged = torch.addcmul(merged, part.float(), weight)
     return merged, lse
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor:
+    """See `ops.rms_norm`."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return ((normed.to(x.dtype) if round_first else normed) * weight).to(x.dtype)
+
+
+def act_and_mul(x: Tensor, activation: str) -> Tensor:
+    """See `ops.act_and_mul`."""
+    gate, up = x.chunk(2, -1)
+    if activation == "silu":
+        return functional.silu(gate) * up
+    return functional.gelu(gate, approximate="tanh") * up
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """See `ops.rotate`."""
+    return reference.rotate(q, k, cos, sin)
 
 
 @dataclass(frozen=True, slots=True)

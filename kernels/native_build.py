@@ -24,6 +24,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE_DIR = Path(__file__).resolve().parent / "native"
+_SOURCES = ("paged_attention.c", "row_ops.c")
 COMPILE_TIMEOUT_S = 120.0
 _FLAGS = (
     "-O2",
@@ -49,7 +50,7 @@ def _build() -> Path:
     """Find or build the library; raises where `build_library` answers None."""
     command = _command()
     directory = _cache_dir()
-    target = directory / f"paged_attention-{_fingerprint(command)}.so"
+    target = directory / f"kernels-{_fingerprint(command)}.so"
     if not target.exists():
         _compile(command, directory, target)
     return target
@@ -63,7 +64,7 @@ def _command() -> list[str]:
     compiler = next((path for name in names if name and (path := shutil.which(name))), None)
     if compiler is None:
         raise RuntimeError("there is no C compiler (cc, gcc or clang)")
-    return [compiler, *_FLAGS, "-fopenmp", str(SOURCE_DIR / "paged_attention.c")]
+    return [compiler, *_FLAGS, "-fopenmp", *(str(SOURCE_DIR / name) for name in _SOURCES)]
 
 
 def _openmp_runtime() -> Path:

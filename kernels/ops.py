@@ -18,6 +18,8 @@ from tierkv.kernels.metadata import AttentionMetadata
 set_backend = cpu.set_backend
 get_backend = cpu.get_backend
 
+ACTIVATIONS = ("silu", "gelu_tanh")
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -171,6 +173,83 @@ def merge_attention(
     if sinks is not None:
         sinks = _check_sinks(sinks, outs[0])
     return cpu.merge_attention(outs, lses, sinks)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, round_first: bool) -> Tensor:
+    """Scale every row to a root mean square of 1, then elementwise by weight, in fp32.
+
+    Args:
+        x: `[..., dim]`, any strides; rows that are evenly spaced are not copied.
+        weight: fp32 `[dim]`, contiguous.
+        eps: added to the mean square.
+        round_first: round to x's dtype before weight is applied, as well as after.
+
+    Returns:
+        `[..., dim]` of x's dtype, contiguous.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, stride or device.
+    """
+    _check_rows(x)
+    if weight.shape != x.shape[-1:] or not weight.is_contiguous() or not weight.is_cpu:
+        raise ValueError(f"weight must be [{x.shape[-1]}] on cpu, contiguous: {_layout(weight)}")
+    if weight.dtype is not torch.float32:
+        raise TypeError(f"weight has dtype {weight.dtype}, expected {torch.float32}")
+    return cpu.rms_norm(x, weight, eps, round_first)
+
+
+def act_and_mul(x: Tensor, activation: str) -> Tensor:
+    """The activation of a row's first half times its second half.
+
+    Args:
+        x: `[..., 2 * dim]`, any strides; rows that are evenly spaced are not copied.
+        activation: one of `ACTIVATIONS`; its result is rounded to x's dtype.
+
+    Returns:
+        `[..., dim]` of x's dtype, contiguous.
+
+    Raises:
+        TypeError, ValueError: x has the wrong dtype, shape or device; an unknown activation.
+    """
+    _check_rows(x)
+    if x.shape[-1] % 2:
+        raise ValueError(f"x must have an even last dimension, got {_layout(x)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} must be one of {', '.join(ACTIVATIONS)}")
+    return cpu.act_and_mul(x, activation)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embedding: element `i` of a head turns with element `i + head_dim // 2`.
+
+    Args:
+        q: `[num_heads, num_tokens, head_dim]`, any strides; head_dim is even.
+        k: `[num_kv_heads, num_tokens, head_dim]` of q's dtype, any strides.
+        cos, sin: `[num_tokens, head_dim]` of q's dtype, to which every operation rounds.
+
+    Returns:
+        The turned q and k, `[heads, num_tokens, head_dim]`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or device.
+    """
+    _check_rows(q)
+    if q.dim() != 3 or k.dim() != 3 or q.shape[2] % 2:
+        raise ValueError(f"q and k must be [heads, tokens, even dim]: {_layout(q)}, {_layout(k)}")
+    _check(k, "k", (k.shape[0], *q.shape[1:]), q.dtype, q)
+    _check(cos, "cos", tuple(q.shape[1:]), q.dtype, q)
+    _check(sin, "sin", tuple(q.shape[1:]), q.dtype, q)
+    return cpu.rotate(q, k, cos, sin)
+
+
+def _check_rows(x: Tensor) -> None:
+    """Raise unless x is made of rows on a device that has an implementation."""
+    if not x.is_cpu:
+        raise ValueError(f"x is on {x.device}; there are kernels for cpu only")
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x has dtype {x.dtype}, expected one of {_FLOATS}")
+    if not x.dim() or not x.shape[-1]:
+        raise ValueError(f"x must have rows that are not empty, got {_layout(x)}")
 
 
 def _check_attention(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tierkv.kernels.metadata import AttentionMetadata
 
@@ -134,3 +135,49 @@ def paged_attention(
     """Final attention of every row, in q's dtype; see `partial_attention` and `merge_attention`."""
     out, lse = partial_attention(q, kv, meta, scale=scale, window=window, softcap=softcap)
     return merge_attention([out], [lse], sinks)[0].to(q.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, round_first: bool) -> Tensor:
+    """Rows scaled to a root mean square of 1, then elementwise by weight.
+
+    Args:
+        x: `[..., dim]`.
+        weight: fp32 `[dim]`.
+        eps: added to the mean square.
+        round_first: round to x's dtype before weight is applied, as well as after.
+    """
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if round_first:
+        normed = normed.to(x.dtype).float()
+    return (normed * weight).to(x.dtype)
+
+
+def act_and_mul(x: Tensor, activation: str) -> Tensor:
+    """`[..., 2 * dim]` to `[..., dim]`: the activation of the first half times the second.
+
+    Args:
+        x: the halves; the activation is rounded to its dtype.
+        activation: "silu" or "gelu_tanh".
+    """
+    gate, up = x.float().chunk(2, -1)
+    if activation == "silu":
+        activated = functional.silu(gate)
+    else:
+        activated = functional.gelu(gate, approximate="tanh")
+    return (activated.to(x.dtype).float() * up).to(x.dtype)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embedding: element `i` of a head turns with element `i + head_dim // 2`.
+
+    Args:
+        q, k: `[heads, num_tokens, head_dim]`.
+        cos, sin: `[num_tokens, head_dim]` of the same dtype, to which every operation rounds.
+    """
+
+    def turn(x: Tensor) -> Tensor:
+        low, high = x.chunk(2, -1)
+        return x * cos + torch.cat((-high, low), -1) * sin
+
+    return turn(q), turn(k)

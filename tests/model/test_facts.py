@@ -103,6 +103,11 @@ def test_refused_families_say_why_before_weights_are_read(family: str) -> None:
         ("Gemma3TextConfig", {"use_bidirectional_attention": True}, "both directions"),
         ("DeepseekV3Config", {}, "MLA"),
         ("Llama4TextConfig", {}, "chunked_attention"),
+        (
+            "Llama4TextConfig",
+            {"layer_types": ["full_attention"] * 48, "no_rope_layers": [1, 1, 1, 0] * 12},
+            "place in the forward pass",
+        ),
     ],
 )
 def test_refused_variants(name: str, values: dict[str, Any], reason: str) -> None:

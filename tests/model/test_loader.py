@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,9 +74,9 @@ def test_half_precision_weights_are_fused_and_packed_on_the_cpu(tmp_path: Path) 
     half = load_tiny(tmp_path, dtype="bfloat16").model.model.layers[0]
     full = load_tiny(tmp_path, dtype="float32").model.model.layers[0]
     assert type(full.mlp.up_proj) is type(full.mlp.down_proj) is nn.Linear
-    assert isinstance(half.mlp.up_proj, FusedLinear)
+    assert isinstance(half.self_attn.q_proj, FusedLinear)
     if can_pack("cpu", torch.bfloat16):
-        assert isinstance(half.mlp.up_proj.group.linear, PackedLinear)
+        assert isinstance(half.self_attn.q_proj.group.linear, PackedLinear)
         assert isinstance(half.mlp.down_proj, PackedLinear)
 
 
@@ -154,6 +155,33 @@ def test_a_missing_weight_is_not_made_up(tmp_path: Path) -> None:
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"lack 1 weights \(model\.layers\.1\.mlp\.up_proj"):
+        load_tiny(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"vocab_size": 300}, r"2 of its weights .* \(lm_head\.weight is \[211, 64\], not \[300"),
+        ({"hidden_act": "unheard_of"}, "unheard_of"),
+        ({"num_attention_heads": 5}, "not a multiple of the number of attention heads"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "cannot build it"),
+    ],
+)
+def test_a_config_that_does_not_go_with_the_weights(
+    values: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    save_model("llama", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(ConfigError, match=reason):
+        load_tiny(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_generation_config_that_is_none(text: str, tmp_path: Path) -> None:
+    save_model("llama", tmp_path)
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ConfigError, match="model="):
         load_tiny(tmp_path)
 
 

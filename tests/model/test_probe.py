@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -105,3 +106,19 @@ def test_logits_that_are_not_numbers_are_no_match(tmp_path: Path) -> None:
     with torch.no_grad():
         loaded.model.lm_head.weight[0, 0] = float("nan")
     assert not probe(loaded).is_match
+
+
+@pytest.mark.usefixtures("_plain_weights")
+def test_one_layer_at_a_time_is_widened(tmp_path: Path) -> None:
+    model = load_tiny(save_model("llama", tmp_path), dtype="bfloat16").model
+    layers = model.model.layers
+    seen: list[list[torch.dtype]] = []
+    for layer in layers:
+        layer.mlp.register_forward_hook(
+            lambda *_: seen.append([layer.mlp.down_proj.weight.dtype for layer in layers])
+        )
+    with torch.inference_mode(), probe_module._float32(model):
+        assert model.lm_head.weight.dtype is torch.float32
+        probe_module._eager(SimpleNamespace(model=model, device="cpu"), torch.arange(3))
+    assert [row.count(torch.float32) for row in seen] == [1] * len(layers)
+    assert all(weight.dtype is torch.bfloat16 for weight in model.parameters())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tierkv.cache.layout import KVLayout
-from tierkv.errors import UnsupportedModelError
+from tierkv.errors import ConfigError, UnsupportedModelError
 
 _UNBOUNDED = 1 << 20
 _LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
@@ -77,14 +77,28 @@ def eos_token_ids(
     """
     found: Any = None
     if directory is not None and (directory / "generation_config.json").is_file():
-        text = (directory / "generation_config.json").read_text(encoding="utf-8")
-        found = json.loads(text).get("eos_token_id")
+        found = _read_object(directory / "generation_config.json").get("eos_token_id")
     for source in (generation_config, text_config(config), config):
         if found is None:
             found = getattr(source, "eos_token_id", None)
     if found is None:
         return frozenset()
     return frozenset([found] if isinstance(found, int) else found)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError("model", str(path), f"is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError("model", str(path), "must hold a JSON object")
+    return values
 
 
 def check_config(config: Any) -> None:
@@ -101,6 +115,10 @@ def check_config(config: Any) -> None:
             raise _refusal(config, f"layers of kind {kind!r} keep no paged KV")
     if getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         raise _refusal(config, "it attends in both directions")
+    if getattr(text, "attn_temperature_tuning", False) and 0 in (
+        getattr(text, "no_rope_layers", None) or ()
+    ):
+        raise _refusal(config, "it scales attention by a token's place in the forward pass")
     if getattr(text, "alibi", False):
         raise _refusal(config, "ALiBi position bias is not supported")
     KVLayout.from_config(text, block_size=1, dtype="float32")

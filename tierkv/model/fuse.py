@@ -101,15 +101,15 @@ def _fusable(parent: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
     """The sets of siblings below `parent` that may become one product."""
     for names in _SIBLINGS:
         linears = [getattr(parent, name, None) for name in names]
-        if all(type(linear) is nn.Linear and not _is_watched(linear) for linear in linears):
+        if all(type(linear) is nn.Linear and not is_watched(linear) for linear in linears):
             kinds = {(x.in_features, x.weight.dtype, x.bias is None) for x in linears if x}
             if len(kinds) == 1:
                 yield parent, names
 
 
-def _is_watched(linear: nn.Linear) -> bool:
-    """Something hangs on the layer's calls or on its very weight."""
-    return bool(linear._forward_hooks or linear._forward_pre_hooks)
+def is_watched(module: nn.Module) -> bool:
+    """Something hangs on the module's calls."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _stack(parts: Sequence[Tensor]) -> nn.Parameter:

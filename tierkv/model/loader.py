@@ -12,12 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tierkv.config import EngineConfig
 from tierkv.errors import ConfigError, UnsupportedModelError
+from tierkv.kernels import ops
 from tierkv.kernels.linear import pack_linears
 from tierkv.model import attention, facts, rope, trace
 from tierkv.model.fingerprint import model_fingerprint
 from tierkv.model.fuse import fuse_projections
 from tierkv.model.loaded import LoadedModel, dtype_name
 from tierkv.model.probe import verify_model
+from tierkv.model.swap import swap_modules, swap_rotary
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +69,14 @@ def load_model(config: EngineConfig) -> LoadedModel:
 
 def _speed_up(loaded: LoadedModel) -> None:
     """Fuse and lay out half-precision weights for the CPU; the probe needs them plain."""
-    if loaded.device.type == "cpu" and loaded.dtype is not torch.float32:
-        num_fused, num_packed = fuse_projections(loaded.model), pack_linears(loaded.model)
-        logger.debug("%d groups of projections fused, %d layers packed", num_fused, num_packed)
+    if loaded.device.type != "cpu" or loaded.dtype is torch.float32:
+        return
+    num_fused, num_packed = fuse_projections(loaded.model), pack_linears(loaded.model)
+    num_swapped = 0
+    if loaded.dtype is torch.bfloat16 and ops.get_backend() == "native":
+        num_swapped = swap_modules(loaded.model, loaded.dtype)
+        num_swapped += swap_rotary(loaded.model, loaded.dtype)
+    logger.debug("%d fused, %d packed, %d swapped", num_fused, num_packed, num_swapped)
 
 
 def load_config(config: EngineConfig, source: str) -> Any:
@@ -83,7 +90,7 @@ def load_config(config: EngineConfig, source: str) -> Any:
         hf_config = AutoConfig.from_pretrained(
             source, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # configs check themselves, each in its own way
         raise _unreadable(config, source, error) from error
     facts.check_config(hf_config)
     if not _has_own_code(hf_config):
@@ -93,13 +100,20 @@ def load_config(config: EngineConfig, source: str) -> Any:
 
 def _unreadable(config: EngineConfig, source: str, error: Exception) -> ConfigError:
     """The right error for a config that could not be read."""
-    first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    first_line = _first_line(error)
     if Path(source).is_dir():
         if (Path(source) / "config.json").is_file():
             return UnsupportedModelError("model", config.model, first_line)
         return ConfigError("model", config.model, "the directory has no config.json")
     fix = f"neither `demo`, a model directory, nor a hub id that can be reached ({first_line})"
     return ConfigError("model", config.model, fix)
+
+
+def _first_line(error: Exception) -> str:
+    """The error in one line; of a long story the first two, where the second has the reason."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    has_more = lines[0].endswith(":") and len(lines) > 1
+    return f"{lines[0]} {lines[1].strip()}" if has_more else lines[0]
 
 
 def _has_own_code(hf_config: Any) -> bool:
@@ -147,28 +161,44 @@ def _build(
         "attn_implementation": trace.IMPLEMENTATION,
         "trust_remote_code": config.trust_remote_code,
     }
-    if config.load_format == "dummy":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            dummy: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config, **common)
-            return dummy
     try:
+        if config.load_format == "dummy":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                dummy: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config, **common)
+                return dummy
         model: PreTrainedModel
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=hf_config,
             revision=config.revision,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # said below, with the names
             **common,
         )
     except (OSError, SafetensorError) as error:
-        fix = f"its weights cannot be read ({str(error).strip().splitlines()[0]})"
+        fix = f"its weights cannot be read ({_first_line(error)})"
         raise ConfigError("model", config.model, fix) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    except Exception as error:  # a shape, an activation, a quantisation: each fails in its own way
+        fix = f"transformers cannot build it ({type(error).__name__}: {_first_line(error)})"
+        raise ConfigError("model", config.model, fix) from error
+    _check_weights(config, info)
+    return model
+
+
+def _check_weights(config: EngineConfig, info: dict[str, Any]) -> None:
+    """Refuse a model some of whose weights were made up."""
+    missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
+    if missing:
         fix = f"its files lack {len(missing)} weights ({', '.join(missing[:3])}, ...)"
         raise ConfigError("model", config.model, fix)
-    return model
+    if mismatched:
+        name, found, wanted = mismatched[0]
+        fix = (
+            f"{len(mismatched)} of its weights are not of the shape that config.json implies "
+            f"({name} is {list(found)}, not {list(wanted)})"
+        )
+        raise ConfigError("model", config.model, fix)
 
 
 def _vocab_size(model: PreTrainedModel) -> int:

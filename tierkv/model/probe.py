@@ -8,9 +8,11 @@ between layers) shows as a difference, and the model is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +107,42 @@ def _can_widen(model: nn.Module) -> bool:
 
 @contextmanager
 def _float32(model: nn.Module) -> Iterator[None]:
-    """Half-precision weights in fp32 for a while; the originals come back untouched."""
-    halves = [x for x in (*model.parameters(), *model.buffers()) if x.dtype in _HALVES]
+    """Half-precision weights in fp32 for a while; the originals come back untouched.
+
+    Those of a layer (an entry of a `ModuleList`) only while the layer runs, so that there is never
+    a second, wider copy of the whole model.
+    """
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    layers = {layer for entries in lists for layer in entries}
+    inside = {id(x) for layer in layers for x in _weights(layer)}
+    with ExitStack() as stack:
+        for layer in layers:
+            widened: list[ExitStack] = []  # one for each call that has not returned
+            enter = partial(_enter_layer, widened)
+            stack.callback(layer.register_forward_pre_hook(enter).remove)
+            leave = layer.register_forward_hook(
+                lambda *_, w=widened: w.pop().close(), always_call=True
+            )
+            stack.callback(leave.remove)
+        stack.enter_context(_widened(x for x in _weights(model) if id(x) not in inside))
+        yield
+
+
+def _enter_layer(widened: list[ExitStack], layer: nn.Module, _: object) -> None:
+    """A layer's forward begins: widen what is not wide yet."""
+    widened.append(ExitStack())
+    widened[-1].enter_context(_widened(_weights(layer)))
+
+
+def _weights(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers."""
+    return chain(module.parameters(), module.buffers())
+
+
+@contextmanager
+def _widened(weights: Iterable[Tensor]) -> Iterator[None]:
+    """The half-precision ones among the weights in fp32 for a while."""
+    halves = [x for x in weights if x.dtype in _HALVES]
     originals = [x.data for x in halves]
     for x in halves:
         x.data = x.data.float()
