@@ -27,6 +27,8 @@ class AccessHint:
         turn: the request's number within its session, 0 when unknown.
         stop_reason: why the session's last request ended, empty when unknown.
         priority: the request's priority (lower is more urgent).
+        ends_use: a use that was told already (by `insert` or `touch`) ends now: the block was
+            recently used, but not once more.
     """
 
     now: float = 0.0
@@ -39,6 +41,7 @@ class AccessHint:
     stop_reason: str = ""
     tenant: str = ""
     priority: int = 0
+    ends_use: bool = False
 
 
 class Why(enum.Enum):
@@ -69,7 +72,7 @@ class EvictionPolicy(Protocol):
         ...
 
     def touch(self, key: Key, hint: AccessHint) -> None:
-        """The block was used."""
+        """The block was used, or (`hint.ends_use`) its use ends."""
         ...
 
     def set_evictable(self, key: Key, yes: bool) -> None:

@@ -1,7 +1,7 @@
 """LFU: the block used least often leaves first; among equals the least recently used.
 
 insert:   rank = (1, tick)
-touch:    rank = (uses + 1, tick)
+touch:    rank = (uses + 1, tick); the end of a use counts for the tick only
 propose:  leaves by rising rank (`leaf_first`)
 """
 
@@ -18,4 +18,4 @@ class LfuPolicy(LeafFirstPolicy):
         return (1, tick)
 
     def next_rank(self, rank: Rank, tick: int, hint: AccessHint) -> Rank:
-        return (rank[0] + 1, tick)
+        return (rank[0] if hint.ends_use else rank[0] + 1, tick)

@@ -1,7 +1,8 @@
 """Policies by name: `lru`, or `name:key=value,...`; third-party ones through entry points.
 
 A package adds its own policy by the entry-point group `tierkv.policies` with an entry named
-`<kind>.<name>` (kinds: `eviction`, `order`, `victim`) that points at a class or factory.
+`<kind>.<name>` (kinds: `eviction`, `admission`, `order`, `victim`) that points at a class or
+factory.
 """
 
 from __future__ import annotations
@@ -18,6 +19,28 @@ _BUILT_IN: dict[str, dict[str, str]] = {
         "lru": "tierkv.policies.lru:LruPolicy",
         "fifo": "tierkv.policies.fifo:FifoPolicy",
         "lfu": "tierkv.policies.lfu:LfuPolicy",
+        "sieve": "tierkv.policies.sieve:SievePolicy",
+        "s3fifo": "tierkv.policies.s3fifo:S3FifoPolicy",
+        "arc": "tierkv.policies.arc:ArcPolicy",
+        "tinylfu": "tierkv.policies.tinylfu:TinyLfuPolicy",
+        "gdsf": "tierkv.policies.gdsf:GdsfPolicy",
+        "belady": "tierkv.policies.belady:BeladyPolicy",
+    },
+    "admission": {
+        "write-through": "tierkv.policies.admission:WriteThrough",
+        "write-back": "tierkv.policies.admission:WriteBack",
+        "second-hit": "tierkv.policies.admission:SecondHit",
+    },
+    "load": {
+        "load": "tierkv.policies.load:AlwaysLoad",
+        "recompute": "tierkv.policies.load:AlwaysRecompute",
+        "split": "tierkv.policies.load:Split",
+        "auto": "tierkv.policies.load:Auto",
+    },
+    "preemption": {
+        "recompute": "tierkv.policies.preemption:Recompute",
+        "swap": "tierkv.policies.preemption:Swap",
+        "auto": "tierkv.policies.preemption:Auto",
     },
     "order": {
         "fcfs": "tierkv.policies.order:FcfsOrder",
@@ -28,6 +51,7 @@ _BUILT_IN: dict[str, dict[str, str]] = {
         "latest": "tierkv.policies.victim:LatestVictim",
         "priority": "tierkv.policies.victim:PriorityVictim",
         "largest": "tierkv.policies.victim:LargestVictim",
+        "cheapest": "tierkv.policies.victim:CheapestVictim",
     },
 }
 
@@ -37,19 +61,20 @@ def known(kind: str) -> list[str]:
     return [*_BUILT_IN[kind], *sorted(set(_third_party(kind)) - set(_BUILT_IN[kind]))]
 
 
-def create(kind: str, spec: str) -> Any:
+def create(kind: str, spec: str, **given: Any) -> Any:
     """Make the policy that `spec` names; its code is imported only now.
 
     Args:
-        kind: `eviction`, `order` or `victim`.
+        kind: `eviction`, `admission`, `order` or `victim`.
         spec: `name` or `name:key=value,key=value`; values are integers, floats or words.
+        given: parameters that no spec can write, such as the future of `belady`.
 
     Raises:
         ValueError: unknown name or parameters that the policy does not take; says what exists.
     """
     name, _, rest = spec.partition(":")
     factory = _find(kind, name.strip())
-    parameters = _parse(rest, spec)
+    parameters = {**_parse(rest, spec), **given}
     try:
         return factory(**parameters)
     except TypeError as error:

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from tierkv.policies import registry
 from tierkv.policies.base import AccessHint, EvictionPolicy, Key, Why
+from tierkv.policies.ghosts import Ghosts
+from tierkv.policies.leaf_first import Entry
 
 HINT = AccessHint()
 NAMES = registry.known("eviction")
+
+
+def make(name: str) -> EvictionPolicy:
+    """The policy; `belady` gets a future in which the deeper is needed later, or never."""
+    given: dict[str, Any] = {}
+    if name == "belady":
+        given["next_use"] = lambda key: float(key) if key % 3 else float("inf")
+    made: EvictionPolicy = registry.create("eviction", name, **given)
+    return made
 
 
 class Tree:
@@ -45,8 +63,7 @@ class Tree:
 
 @pytest.fixture(params=NAMES)
 def policy(request: pytest.FixtureRequest) -> EvictionPolicy:
-    made: EvictionPolicy = registry.create("eviction", request.param)
-    return made
+    return make(request.param)
 
 
 def add(policy: EvictionPolicy, tree: Tree, key: Key, parent: Key | None, free: bool) -> None:
@@ -77,6 +94,35 @@ def test_a_pinned_child_protects_its_ancestors(policy: EvictionPolicy) -> None:
     assert policy.propose(5, tree) == [4]
 
 
+def test_a_block_may_be_there_without_its_ancestors(policy: EvictionPolicy) -> None:
+    tree = Tree()
+    policy.insert(2, 1, HINT)  # 1 is not in this tier
+    policy.set_evictable(2, True)
+    add(policy, tree, 1, None, free=True)  # and comes later
+    assert set(policy.propose(5, tree)) == {1, 2}
+    policy.forget(2, Why.EVICTED)
+    assert policy.propose(5, tree) == [1]
+
+
+def test_a_parent_may_leave_before_its_child(policy: EvictionPolicy) -> None:
+    tree = Tree()
+    for key in range(3):
+        add(policy, tree, key, key - 1 if key else None, free=True)
+    policy.forget(1, Why.REMOVED)
+    policy.insert(1, 0, HINT)
+    assert policy.propose(5, tree) == [2]
+    policy.forget(2, Why.EVICTED)
+    assert policy.propose(5, tree) == []
+    policy.set_evictable(1, True)
+    assert policy.propose(5, tree) == [1, 0]
+
+
+def test_nothing_is_proposed_for_nothing(policy: EvictionPolicy) -> None:
+    tree = Tree()
+    add(policy, tree, 1, None, free=True)
+    assert policy.propose(0, tree) == []
+
+
 def test_proposing_drops_nothing(policy: EvictionPolicy) -> None:
     tree = Tree()
     for key in range(6):
@@ -104,6 +150,7 @@ def test_the_cost_of_a_proposal_does_not_grow_with_pinned_blocks(policy: Evictio
     before = count_calls(policy, tree)
     for key in range(100, 5100):
         add(policy, tree, key, None, free=False)
+        policy.touch(key, HINT)
     assert count_calls(policy, tree) <= before + 5
 
 
@@ -123,56 +170,107 @@ def count_calls(policy: EvictionPolicy, tree: Tree) -> int:
     return calls
 
 
-steps = st.lists(
-    st.tuples(
-        st.sampled_from(["insert", "touch", "free", "pin", "evict", "remove"]),
-        st.integers(0, 40),
-        st.integers(0, 40),
-    ),
-    max_size=120,
-)
+class Machine(RuleBasedStateMachine):
+    """A policy beside a model of its tier, a twin that gets the same calls, and a third one whose
+    victims are asked for one by one. Keys 0..30; a key's parent is always a smaller one."""
+
+    name = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.policies = [make(self.name) for _ in range(3)]
+        self.tree = Tree()
+        self.peak = 0
+
+    @rule(key=st.integers(0, 30), parent=st.integers(0, 30), depth=st.integers(0, 3))
+    def insert(self, key: int, parent: int, depth: int) -> None:
+        if key in self.tree.parents:
+            return
+        above = parent if parent < key and parent in self.tree.parents else None
+        hint = AccessHint(depth=depth, recompute_s=depth / 8)
+        for policy in self.policies:
+            policy.insert(key, above, hint)
+        self.tree.parents[key] = above
+        self.peak = max(self.peak, len(self.tree.parents))
+
+    @precondition(lambda self: self.tree.parents)
+    @rule(data=st.data(), ends_use=st.booleans())
+    def touch(self, data: st.DataObject, ends_use: bool) -> None:
+        key = data.draw(st.sampled_from(list(self.tree.parents)))
+        for policy in self.policies:
+            policy.touch(key, AccessHint(ends_use=ends_use))
+
+    @precondition(lambda self: self.tree.parents)
+    @rule(data=st.data(), yes=st.sampled_from([True, True, True, False]))
+    def set_evictable(self, data: st.DataObject, yes: bool) -> None:
+        key = data.draw(st.sampled_from(list(self.tree.parents)))
+        for policy in self.policies:
+            policy.set_evictable(key, yes)
+        (self.tree.evictable.add if yes else self.tree.evictable.discard)(key)
+
+    @rule(n=st.integers(0, 40), candidate=st.none() | st.integers(0, 30))
+    def propose(self, n: int, candidate: int | None) -> None:
+        self.proposed(n, candidate)
+        self.policies[2].propose(n, self.tree, candidate)
+
+    @rule(n=st.integers(1, 8))
+    def evict(self, n: int) -> None:
+        for victim in self.proposed(n, None):
+            assert self.policies[2].propose(1, self.tree) == [victim]
+            self.forget(victim, Why.EVICTED)
+
+    @precondition(lambda self: self.tree.parents)
+    @rule(data=st.data())
+    def remove(self, data: st.DataObject) -> None:
+        self.forget(data.draw(st.sampled_from(list(self.tree.parents))), Why.REMOVED)
+
+    def proposed(self, n: int, candidate: int | None) -> list[Key]:
+        """A proposal, checked: each victim is free and a leaf when its turn comes."""
+        victims, same = (p.propose(n, self.tree, candidate) for p in self.policies[:2])
+        assert victims == same
+        assert len(victims) == min(n, self.tree.most_evictable())
+        for place, victim in enumerate(victims):
+            assert victim in self.tree.evictable
+            assert victim not in victims[:place]
+            assert set(self.tree.children(victim)) <= set(victims[:place])
+        return victims
+
+    def forget(self, key: Key, why: Why) -> None:
+        for policy in self.policies:
+            policy.forget(key, why)
+        for child in self.tree.children(key):
+            self.tree.parents[child] = None
+        del self.tree.parents[key]
+        self.tree.evictable.discard(key)
+
+    def teardown(self) -> None:
+        for key in list(self.tree.parents):
+            self.forget(key, Why.REMOVED)
+        for part in parts(self.policies[0]):
+            assert not isinstance(part, Ghosts) or len(part) <= 2 * self.peak
+            assert not isinstance(part, Entry), part
+            assert not isinstance(part, dict | set) or not part, part
+
+
+def parts(thing: object) -> Iterator[object]:
+    """The thing and what its attributes and containers hold, without what ghosts remember."""
+    yield thing
+    if isinstance(thing, dict | list | set | tuple):
+        members = [*thing.values()] if isinstance(thing, dict) else [*thing]
+    elif isinstance(thing, Ghosts) or type(thing).__module__.partition(".")[0] != "tierkv":
+        return
+    else:
+        members = [] if isinstance(thing, Entry) else [*vars(thing).values()]
+    for member in members:
+        yield from parts(member)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(steps)
-def test_any_history_keeps_prefixes_closed(name: str, history: list[tuple[str, int, int]]) -> None:
-    policy: EvictionPolicy = registry.create("eviction", name)
-    tree = Tree()
-    for verb, key, other in history:
-        if verb == "insert" and key not in tree.parents:
-            parent = other if other in tree.parents else None
-            add(policy, tree, key, parent, free=False)
-        elif verb == "evict":
-            evict(policy, tree, other % 5 + 1)
-        elif key in tree.parents:
-            apply(policy, tree, verb, key)
-    count = tree.most_evictable()
-    assert len(policy.propose(1000, tree)) == count
-
-
-def apply(policy: EvictionPolicy, tree: Tree, verb: str, key: Key) -> None:
-    if verb == "touch":
-        policy.touch(key, HINT)
-    elif verb in ("free", "pin"):
-        policy.set_evictable(key, verb == "free")
-        (tree.evictable.add if verb == "free" else tree.evictable.discard)(key)
-    elif verb == "remove" and not list(tree.children(key)):
-        drop(policy, tree, key, Why.REMOVED)
-
-
-def evict(policy: EvictionPolicy, tree: Tree, n: int) -> None:
-    """Take a proposal at its word: each victim must be free and a leaf when its turn comes."""
-    expected = min(n, tree.most_evictable())
-    victims = policy.propose(n, tree)
-    assert len(victims) == expected
-    for victim in victims:
-        assert victim in tree.evictable
-        assert not list(tree.children(victim))
-        drop(policy, tree, victim, Why.EVICTED)
-
-
-def drop(policy: EvictionPolicy, tree: Tree, key: Key, why: Why) -> None:
-    policy.forget(key, why)
-    del tree.parents[key]
-    tree.evictable.discard(key)
+def test_any_history(name: str) -> None:
+    machine = type(name, (Machine,), {"name": name})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=60, stateful_step_count=60, deadline=None, derandomize=True, database=None
+        ),
+    )
