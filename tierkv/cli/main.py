@@ -17,6 +17,7 @@ COMMANDS = {
     "generate": "complete one prompt, streaming to the terminal",
     "chat": "talk with a model in the terminal",
     "plan": "how much KV cache a model needs, and what fits where",
+    "store": "look at, check, repair or delete NVMe stores",
 }
 FAILURE = 1
 INTERRUPTED = 130

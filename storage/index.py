@@ -1,0 +1,196 @@
+"""index.sqlite: a copy of the headers in one file, so that opening need not visit every slot.
+
+It is a cache. Losing it loses nothing, and no answer depends on it: rows only say what the headers
+should be, and a read compares. It is believed at opening only if it was sealed by a clean close of
+the session that the MANIFEST names, and if every row's checksum is right. Otherwise the headers
+are read and the index is written anew, with the use statistics of rows that still apply.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import struct
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from tierkv.storage.base import StoredBlock
+
+logger = logging.getLogger(__name__)
+
+INDEX_NAME = "index.sqlite"
+INDEX_FILES = (INDEX_NAME, f"{INDEX_NAME}-wal", f"{INDEX_NAME}-shm")
+
+_TRANSACTION_ROWS = 1000
+"""Bounds the write-ahead log."""
+
+_SCHEMA = """
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
+PRAGMA wal_autocheckpoint = 256;
+PRAGMA journal_size_limit = 1048576;
+CREATE TABLE IF NOT EXISTS blocks (
+    slot INTEGER PRIMARY KEY, key BLOB, parent BLOB, tokens BLOB, generation INTEGER,
+    hits INTEGER, last_use REAL, checksum BLOB
+);
+CREATE TABLE IF NOT EXISTS seal (session INTEGER, generation INTEGER, num_blocks INTEGER);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """What a trusted index says: the blocks, and the highest generation used."""
+
+    blocks: list[StoredBlock]
+    generation: int
+
+
+class Index:
+    """The index of an open store. When SQLite fails, it is given up until the next opening.
+
+    Args:
+        directory: the store's; a file there that is no database holds nothing until `replace`.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._database: sqlite3.Connection | None = None
+        try:
+            self._database = _connect(directory)
+        except sqlite3.DatabaseError as error:
+            logger.warning("%s: the index cannot be used (%s)", directory, error)
+
+    def sealed(self, session: int) -> Sealed | None:
+        """The blocks, if a clean close of `session` sealed them and every row is right."""
+        with self._lock:
+            if self._database is None:
+                return None
+            try:
+                seals = self._database.execute("SELECT * FROM seal").fetchall()
+                rows = self._database.execute("SELECT * FROM blocks").fetchall()
+            except sqlite3.Error as error:
+                self._give_up(error)
+                return None
+        blocks = _blocks(rows)
+        expected = [(session, seals[0][1], len(blocks))] if seals else []
+        if not seals or seals != expected or len(blocks) != len(rows):
+            return None
+        return Sealed(blocks, seals[0][1])
+
+    def rows(self) -> list[StoredBlock]:
+        """All rows whose checksum is right, trusted or not."""
+        return _blocks(self._run("SELECT * FROM blocks"))
+
+    def replace(self, blocks: Iterable[StoredBlock]) -> None:
+        """Start again with a new file and these rows."""
+        self.close()
+        with self._lock:
+            try:
+                remove_index(self._directory)
+                self._database = _connect(self._directory)
+            except (sqlite3.Error, OSError) as error:
+                self._give_up(error)
+        self.put(blocks)
+
+    def put(self, blocks: Iterable[StoredBlock]) -> None:
+        rows = [(*block, _checksum(block)) for block in blocks]
+        statement = "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+        for start in range(0, len(rows), _TRANSACTION_ROWS):
+            self._run(statement, rows[start : start + _TRANSACTION_ROWS])
+
+    def put_usage(self, blocks: Iterable[StoredBlock]) -> None:
+        """Update the statistics of rows that are still about the same write."""
+        rows = [(b.hits, b.last_use, _checksum(b), b.slot, b.generation) for b in blocks]
+        set_usage = "UPDATE blocks SET hits = ?, last_use = ?, checksum = ?"
+        self._run(f"{set_usage} WHERE slot = ? AND generation = ?", rows)
+
+    def delete(self, slots: Sequence[int]) -> None:
+        self._run("DELETE FROM blocks WHERE slot = ?", [(slot,) for slot in slots])
+
+    def delete_from(self, capacity: int) -> None:
+        """Forget slots that the store no longer has."""
+        self._run("DELETE FROM blocks WHERE slot >= ?", [(capacity,)])
+
+    def seal(self, session: int, generation: int) -> None:
+        """Say that the rows are complete; durable when it returns."""
+        self._run("PRAGMA synchronous = FULL")
+        self._run("DELETE FROM seal")
+        statement = "INSERT INTO seal SELECT ?, ?, COUNT(*) FROM blocks"
+        self._run(statement, [(session, generation)])
+
+    def close(self) -> None:
+        with self._lock:
+            if self._database is not None:
+                self._database.close()
+                self._database = None
+
+    def _run(
+        self, statement: str, rows: Sequence[tuple[object, ...]] | None = None
+    ) -> list[tuple[Any, ...]]:
+        with self._lock:
+            if self._database is None or rows == []:
+                return []
+            try:
+                if rows is None:
+                    return self._database.execute(statement).fetchall()
+                with self._database:
+                    self._database.execute("BEGIN")
+                    self._database.executemany(statement, rows)
+            except sqlite3.Error as error:
+                self._give_up(error)
+            return []
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on without an index; it stays unsealed, so the next opening reads the headers."""
+        logger.warning("index given up until the store is opened again: %s", error)
+        database, self._database = self._database, None
+        if database is not None:
+            database.close()
+
+
+def remove_index(directory: Path) -> None:
+    """Delete the index's files."""
+    for name in INDEX_FILES:
+        (directory / name).unlink(missing_ok=True)
+
+
+def _connect(directory: Path) -> sqlite3.Connection:
+    path = directory / INDEX_NAME
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise sqlite3.DatabaseError(str(error)) from error
+    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        database.executescript(_SCHEMA)
+    except sqlite3.Error:
+        database.close()
+        raise
+    return database
+
+
+def _blocks(rows: Iterable[tuple[Any, ...]]) -> list[StoredBlock]:
+    """The rows whose checksum is right."""
+    found = []
+    for row in rows:
+        block = StoredBlock._make(row[:7])
+        try:
+            is_right = _checksum(block) == row[7]
+        except (struct.error, TypeError):
+            is_right = False  # not even the types are what was written
+        if is_right:
+            found.append(block)
+    return found
+
+
+def _checksum(block: StoredBlock) -> bytes:
+    numbers = struct.pack("<qqqd", block.slot, block.generation, block.hits, block.last_use)
+    sizes = struct.pack("<II", len(block.key), len(block.parent))
+    return xxhash.xxh3_64_digest(numbers + sizes + block.key + block.parent + block.tokens)
