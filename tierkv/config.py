@@ -7,12 +7,23 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from types import NoneType
+from typing import Any, TypeGuard
 
 from tierkv.errors import ConfigError
+from tierkv.types import TierName
 
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_MAX_THREADS = 1024
+_KINDS: dict[str, tuple[type, ...]] = {
+    "bool": (bool,),
+    "float": (float, int),
+    "str": (str,),
+    "str | None": (str, NoneType),
+}
+"""What fields of these types take; those of integers have ranges and are checked by name."""
 
 
 def parse_bytes(value: int | str, option: str) -> int:
@@ -71,7 +82,30 @@ class EngineConfig:
     kv_cache_memory: int | str | None = option(None, "bytes of the GPU pool, e.g. 2GiB")
     num_gpu_blocks: int | None = option(None, "blocks of the GPU pool (instead of bytes)")
     enable_prefix_caching: bool = option(True, "reuse computed blocks between requests")
-    eviction_policy: str = option("lru", "which unreferenced block goes first: lru, fifo, lfu")
+    eviction_policy: str = option(
+        "lru", "which unreferenced block goes first; one for all tiers, or gpu=lru,cpu=s3fifo,..."
+    )
+
+    offload: str | None = option(
+        None, "tiers below the pool: cpu,nvme or with sizes cpu=16GiB,nvme=200GiB:/path; none"
+    )
+    cpu_cache_size: int | str | None = option(None, "bytes of the CPU tier, e.g. 16GiB")
+    nvme_cache_size: int | str | None = option(None, "bytes of the NVMe tier, e.g. 200GiB")
+    nvme_path: str | None = option(None, "directory of the NVMe tier")
+    admission_policy: str = option(
+        "write-through", "what enters a lower tier; for all, or cpu=write-through,nvme=second-hit"
+    )
+    nvme_write_rate: int | str | None = option(None, "bytes per second written to NVMe, at most")
+    preemption_mode: str = option("auto", "how to preempt: recompute, swap, auto")
+    load_policy: str = option("auto", "for a hit below the pool: load, recompute, split, auto")
+    prefetch_policy: str = option(
+        "lookahead",
+        "promote before its turn: none, queue (new requests), lookahead (swapped ones too)",
+        choices=("none", "queue", "lookahead"),
+    )
+    load_timeout: float = option(10.0, "seconds after which a load counts as a miss")
+    oversubscribe: bool = option(False, "run more sequences than fit, in turns, by swapping")
+    time_slice: int = option(64, "tokens of one turn with oversubscribe")
 
     max_num_seqs: int = option(256, "sequences running at once, at most")
     max_num_batched_tokens: int = option(2048, "tokens in one step, at most (chunked prefill)")
@@ -79,11 +113,14 @@ class EngineConfig:
     preemption_victim: str = option("latest", "whom to preempt: latest, priority, largest")
 
     def __post_init__(self) -> None:
+        self.model = self._path("model", self.model)
+        if self.tokenizer is not None:
+            self.tokenizer = self._path("tokenizer", self.tokenizer)
         self._check_choices()
         self._check_integers()
-        size = self.block_size
-        if not 1 <= size <= 256 or size & (size - 1):
-            raise ConfigError("block_size", size, "must be a power of two from 1 to 256")
+        self._check_tiers()
+        self._check_types()
+        check_block_size(self.block_size)
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             fix = "must be above 0 and at most 1"
             raise ConfigError("gpu_memory_utilization", self.gpu_memory_utilization, fix)
@@ -92,6 +129,21 @@ class EngineConfig:
             if self.num_gpu_blocks is not None:
                 fix = "give either kv_cache_memory or num_gpu_blocks, not both"
                 raise ConfigError("num_gpu_blocks", self.num_gpu_blocks, fix)
+
+    def _check_tiers(self) -> None:
+        for name in ("cpu_cache_size", "nvme_cache_size", "nvme_write_rate"):
+            if getattr(self, name) is not None:
+                setattr(self, name, parse_bytes(getattr(self, name), name))
+        if self.nvme_path is not None:
+            self.nvme_path = self._path("nvme_path", self.nvme_path)
+        if self.offload is not None and not self.enable_prefix_caching:
+            fix = "lower tiers keep what prefix caching finds: leave enable_prefix_caching on"
+            raise ConfigError("offload", self.offload, fix)
+        if self.oversubscribe and self.offload is None:
+            raise ConfigError("oversubscribe", True, "needs a tier to swap to: offload=cpu")
+        share = self.load_timeout
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not share > 0:
+            raise ConfigError("load_timeout", share, "must be a number of seconds above 0")
 
     def _check_choices(self) -> None:
         for f in dataclasses.fields(self):
@@ -109,12 +161,32 @@ class EngineConfig:
             "max_model_len",
             "num_gpu_blocks",
             "num_threads",
+            "time_slice",
         ):
             value = getattr(self, name)
             if value is None and name in ("max_model_len", "num_gpu_blocks", "num_threads"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_integer(value) or value < 1:
                 raise ConfigError(name, value, "must be a whole number of at least 1")
+        if self.num_threads is not None and self.num_threads > _MAX_THREADS:
+            raise ConfigError("num_threads", self.num_threads, f"must be at most {_MAX_THREADS}")
+        if not _is_integer(self.seed) or not -(2**63) <= self.seed < 2**63:
+            raise ConfigError("seed", self.seed, "must be a whole number of 64 bits")
+
+    def _check_types(self) -> None:
+        """A "no" that counts as true, say, would be worse than an error."""
+        for f in dataclasses.fields(self):
+            value, kinds = getattr(self, f.name), _KINDS.get(str(f.type))
+            if kinds is not None and type(value) not in kinds:
+                words = " or ".join("nothing" if k is NoneType else k.__name__ for k in kinds)
+                raise ConfigError(f.name, value, f"must be of type {words}")
+
+    @staticmethod
+    def _path(name: str, value: object) -> str:
+        """A directory or hub id; a `pathlib.Path` becomes the string it stands for."""
+        if not isinstance(value, (str, Path)) or not str(value):
+            raise ConfigError(name, value, "must be a directory or a hub id")
+        return str(value)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> EngineConfig:
@@ -123,10 +195,47 @@ class EngineConfig:
         return cls(**{name.replace("-", "_"): value for name, value in values.items()})
 
 
+def per_tier(name: str, config: EngineConfig) -> dict[TierName, str]:
+    """A policy option by tier: `lru` for all, or `gpu=lru,cpu=tinylfu:window=0.1,nvme=fifo`.
+
+    Raises:
+        ConfigError: a tier named twice, or a text that is neither form.
+    """
+    text: str = getattr(config, name)
+    names = {f"{tier.value}=": tier for tier in TierName}
+    found: dict[TierName, str] = {}
+    tier: TierName | None = None
+    for part in text.split(","):
+        prefix = next((p for p in names if part.strip().startswith(p)), None)
+        if prefix is not None:
+            tier = names[prefix]
+            if tier in found:
+                raise ConfigError(name, text, f"names {tier.value} twice")
+            found[tier] = part.strip().removeprefix(prefix)
+        elif tier is not None:
+            found[tier] += f",{part}"  # a further parameter of that tier's policy
+        elif found:
+            raise ConfigError(name, text, "give one policy, or tier=policy for each tier")
+    if not found:
+        return dict.fromkeys(TierName, text)
+    default = next(f.default for f in dataclasses.fields(config) if f.name == name)
+    return {t: found.get(t, str(default)) for t in TierName}
+
+
+def check_block_size(size: int) -> None:
+    """Raise ConfigError unless kernels can address blocks of so many tokens."""
+    if not 1 <= size <= 256 or size & (size - 1):
+        raise ConfigError("block_size", size, "must be a power of two from 1 to 256")
+
+
+def _is_integer(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_names(values: Mapping[str, Any], known: list[str]) -> None:
     """Raise ConfigError for the first name in `values` that is not an option."""
     for name in values:
-        if name.replace("-", "_") not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        if str(name).replace("-", "_") not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(name, values[name], f"unknown option{hint}")
+            raise ConfigError(str(name), values[name], f"unknown option{hint}")

@@ -19,7 +19,9 @@ class Metrics:
         queried_tokens: prompt tokens of requests at their first admission.
         hit_tokens: of those, tokens reused from the GPU pool.
         recomputed_tokens: tokens computed anew because a preemption dropped them.
-        preemptions: times a running sequence was stopped for room.
+        preemptions: times a running sequence was stopped for room, or for others' turn.
+        swaps: of those, by swap.
+        loads_chosen, recomputes_chosen: what was decided for hits in a lower tier.
         finished: sequences that ended, by reason.
     """
 
@@ -30,6 +32,9 @@ class Metrics:
     hit_tokens: int = 0
     recomputed_tokens: int = 0
     preemptions: int = 0
+    swaps: int = 0
+    loads_chosen: int = 0
+    recomputes_chosen: int = 0
     finished: dict[FinishReason, int] = field(
         default_factory=lambda: dict.fromkeys(FinishReason, 0)
     )
@@ -49,6 +54,9 @@ class Metrics:
                 "hit_tokens",
                 "recomputed_tokens",
                 "preemptions",
+                "swaps",
+                "loads_chosen",
+                "recomputes_chosen",
             )
         }
         counters |= {f"finished_{r.value}": count for r, count in self.finished.items()}

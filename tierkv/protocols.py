@@ -1,14 +1,14 @@
-"""The seams of the engine: what it asks of a clock, an executor and a sampler.
+"""The seams of the engine: what it asks of a clock, an executor, a sampler and a mover.
 
-Each has a real and a simulated implementation; the engine never knows which it got. The mover and
-the cost model join them when there is a second tier to move blocks to.
+Each has a real and a simulated implementation; the engine never knows which it got.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tierkv.types import RowResult
+from tierkv.types import Move, MoveResult, RowResult, TierName
 
 if TYPE_CHECKING:
     from tierkv.engine.plan import Plan
@@ -47,4 +47,50 @@ class Sampler(Protocol):
 
     def forget(self, seq_id: int) -> None:
         """The sequence is finished; unknown ids are ignored."""
+        ...
+
+
+class Mover(Protocol):
+    """Copies blocks between tiers while the engine computes.
+
+    Called from the engine's thread. Of moves that wait for the same link the more urgent one goes
+    first, equals in the order in which they began. The caller keeps every source unchanged and
+    every destination slot reserved until the move's result was polled.
+    """
+
+    def begin(self, moves: Sequence[Move]) -> None:
+        """Queue moves; never waits for one."""
+        ...
+
+    def poll(self) -> list[MoveResult]:
+        """Those that ended since the last call, each reported once."""
+        ...
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when a result can be polled, or after `timeout_s` seconds."""
+        ...
+
+    def erase(self, slots: Sequence[int]) -> None:
+        """Make slots of the persistent tier empty for good (in the background)."""
+        ...
+
+    def close(self) -> None:
+        """End after the moves that have begun; more are not accepted. Idempotent."""
+        ...
+
+
+class CostModel(Protocol):
+    """What computing and moving are expected to take, in seconds."""
+
+    def compute_s(self, start: int, num_tokens: int) -> float:
+        """To compute the KV of `num_tokens` tokens after `start` others."""
+        ...
+
+    def up_s(self, tier: TierName, num_blocks: int) -> float:
+        """To bring blocks from `tier` into the pool, once their turn has come; the fixed part of
+        it for 0 blocks."""
+        ...
+
+    def down_s(self, tier: TierName, num_blocks: int) -> float:
+        """To bring blocks from the pool into `tier`."""
         ...

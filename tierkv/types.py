@@ -43,6 +43,56 @@ class BlockCopy:
     num_tokens: int
 
 
+class MovePriority(enum.IntEnum):
+    """Which move goes first when several wait for one link; lower is more urgent."""
+
+    DEMAND = 0  # a sequence waits for the bytes
+    SWAP_OUT = 1  # a preempted sequence's blocks; their slots are wanted
+    PREFETCH = 2  # wanted soon
+    WRITE_BACK = 3  # a copy for later
+
+
+@dataclass(slots=True, frozen=True)
+class Move:
+    """Copy one block from a slot of one tier to a slot of another.
+
+    Attributes:
+        ticket: its number; results name it.
+        key, parent, tokens: the block's identity; `parent` and `tokens` (packed ids) are what a
+            persistent tier stores beside the bytes, empty for a private block.
+    """
+
+    ticket: int
+    key: BlockKey
+    parent: BlockKey
+    tokens: bytes
+    source: TierName
+    source_slot: int
+    destination: TierName
+    destination_slot: int
+    priority: MovePriority
+
+
+class MoveFailure(enum.Enum):
+    """Why a move's bytes did not arrive."""
+
+    LOST = "lost"  # the source does not hold the block (any more)
+    CORRUPT = "corrupt"  # the source's bytes are not what was written
+    IO_ERROR = "io_error"  # a device refused
+    NO_SPACE = "no_space"  # the destination's file system is full
+    LATE = "late"  # its deadline passed
+    UNAVAILABLE = "unavailable"  # the tier is closed or in quarantine
+
+
+@dataclass(slots=True, frozen=True)
+class MoveResult:
+    """How a move ended: `failure` is None when all bytes arrived; `seconds` of its own copying."""
+
+    ticket: int
+    failure: MoveFailure | None
+    seconds: float
+
+
 PositionLogprobs = dict[int, Logprob]
 """Candidates at one position: token id -> Logprob; always holds the chosen token."""
 

@@ -108,6 +108,13 @@ def test_models_without_windows_have_no_note(capsys: pytest.CaptureFixture[str])
     assert plan_json(capsys, "llama-3-8b")["notes"] == []
 
 
+def test_what_the_engine_would_refuse_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    (note,) = plan_json(capsys, "opt-6.7b", "--context", "4096")["notes"]
+    assert "positions end at 2,048" in note
+    assert main(["plan", "opt-6.7b", "--block-size", "24"]) == 2
+    assert "--block-size 24: must be a power of two" in capsys.readouterr().err
+
+
 def test_a_directory_with_weights_counts_them_as_stored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,6 +82,26 @@ def stop_during_a_stream(
     assert "Traceback" not in "".join(server.log)
 
 
+def test_what_outlasts_the_shutdown_timeout_is_aborted(servable: Path) -> None:
+    """Its client gets the end of the stream, not a broken connection."""
+    quick = ("--num-gpu-blocks", "256", "--num-threads", "1", "--shutdown-timeout", "0")
+    with running_server(str(servable), *quick) as server:
+        with server.client().completions.create(
+            model=str(servable),
+            prompt="go",
+            max_tokens=2000,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        ) as stream:
+            chunks = iter(stream)
+            next(chunks)
+            server.process.send_signal(signal.SIGTERM)
+            *_, last = chunks
+        assert last.choices[0].finish_reason == "abort"  # vLLM's word; OpenAI has none
+        assert server.wait() == 0
+        assert "Traceback" not in "".join(server.log)
+
+
 @pytest.mark.full
 def test_ctrl_c_stops_cleanly_and_a_killed_server_leaves_nothing(servable: Path) -> None:
     with running_server(str(servable), *SMALL) as server:

@@ -12,6 +12,8 @@ import openai
 import pytest
 from live_app import LiveApp
 
+from tierkv.server.protocol import CompletionBody
+
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 GREEDY: Any = {"model": "tiny", "temperature": 0}
 
@@ -345,6 +347,20 @@ def test_stream_options_need_a_stream(app: LiveApp) -> None:
     response = app.post("completions", prompt="x", stream_options={"include_usage": True})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "stream_options"
+
+
+def test_a_bug_is_500_and_ends_the_connection(
+    app: LiveApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(CompletionBody, "prompts", fail)
+    response = app.post("completions", prompt="x")
+    assert response.status_code == 500
+    assert response.headers["connection"] == "close"
+    monkeypatch.undo()
+    assert app.post("completions", prompt="x", max_tokens=1).status_code == 200
 
 
 def test_the_engine_keeps_serving_after_bad_requests(app: LiveApp) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
+from tierkv.engine.async_llm import AsyncLLM
 from tierkv.engine.sampling_params import SamplingParams
 from tierkv.errors import RequestError
 from tierkv.server.protocol import NOT_SERVED, ChatBody, CompletionBody, parse_body
@@ -72,6 +75,25 @@ def test_what_is_not_served_is_refused_by_name(name: str) -> None:
 def test_max_completion_tokens_wins() -> None:
     assert chat(max_tokens=5, max_completion_tokens=7).params().max_tokens == 7
     assert chat(max_tokens=5).params().max_tokens == 5
+
+
+def test_an_answer_can_be_sent_back_as_it_came() -> None:
+    empty = dict.fromkeys(("refusal", "audio", "function_call", "annotations"))
+    answer = {"role": "assistant", "content": "yes", "tool_calls": [], **empty}
+    body = chat(messages=[*MESSAGES, answer])
+    assert body.template_input() == [*MESSAGES, {"role": "assistant", "content": "yes"}]
+    with pytest.raises(RequestError, match="is not served") as caught:
+        chat(messages=[{**answer, "tool_calls": [{"id": "1"}]}])
+    assert caught.value.field == "messages[0].tool_calls"
+
+
+@pytest.mark.parametrize("owner", [AsyncLLM.chat, PreTrainedTokenizerBase.apply_chat_template])
+def test_a_template_cannot_be_given_arguments_of_ours(owner: Any) -> None:
+    parameters = inspect.signature(owner).parameters.values()
+    names = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    for name in names:
+        with pytest.raises(RequestError, match="cannot be set by a request"):
+            chat(chat_template_kwargs={name: "x"})
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ is a function of the history alone: any scheduler, pool size or policy must give
 
 from __future__ import annotations
 
+from tierkv.cache.lower_tiers import MoveLimits
 from tierkv.config import EngineConfig
-from tierkv.engine.core import EngineCore, EngineInfo
+from tierkv.engine.core import EngineCore, EngineInfo, LowerTierSetup, lower_specs
+from tierkv.engine.cost import MeasuredCost
 from tierkv.engine.plan import Plan, PlanRow
-from tierkv.types import Logprob, RowResult, SampledToken
+from tierkv.types import Logprob, RowResult, SampledToken, TierName
 
 VOCAB = 50
 START = 17
@@ -112,11 +114,20 @@ def ledger_engine(
     block_size: int = 4,
     max_model_len: int = 10_000,
     window: int | None = None,
+    cpu_blocks: int = 0,
+    nvme_blocks: int = 0,
+    mover: dict[str, object] | None = None,
+    limits: MoveLimits | None = None,
     **options: object,
 ) -> tuple[EngineCore, Ledger, ManualClock]:
-    """A real engine core over a ledger."""
+    """A real engine core over a ledger; with lower tiers when they have blocks."""
     ledger, clock = Ledger(num_blocks, block_size, window), ManualClock()
+    capacities = {TierName.CPU: cpu_blocks, TierName.NVME: nvme_blocks}
+    capacities = {name: count for name, count in capacities.items() if count}
+    if capacities:
+        options["offload"] = ",".join(name.value for name in capacities)
     config = EngineConfig.from_mapping({"block_size": block_size, **options})
+    tiers = _lower_tiers(config, capacities, ledger, clock, mover or {}, limits)
     info = EngineInfo(
         model="ledger",
         tokenizer="",
@@ -129,7 +140,29 @@ def ledger_engine(
         device="cpu",
         window=window,
     )
-    return EngineCore(config, info, ledger, ledger, clock), ledger, clock
+    return EngineCore(config, info, ledger, ledger, clock, tiers), ledger, clock
+
+
+def _lower_tiers(
+    config: EngineConfig,
+    capacities: dict[TierName, int],
+    ledger: Ledger,
+    clock: ManualClock,
+    mover: dict[str, object],
+    limits: MoveLimits | None,
+) -> LowerTierSetup | None:
+    from ledger_mover import LedgerMover
+
+    if not capacities:
+        return None
+    return LowerTierSetup(
+        specs=lower_specs(config, capacities),
+        mover=LedgerMover(ledger, capacities, clock, **mover),  # type: ignore[arg-type]
+        slot_bytes=1,
+        limits=limits or MoveLimits(load_timeout_s=config.load_timeout),
+        cost=MeasuredCost(1),
+        stored=[],
+    )
 
 
 def expected_tokens(prompt: list[int], count: int, index: int = 0) -> list[int]:

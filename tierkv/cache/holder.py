@@ -24,6 +24,11 @@ class BlockHolder(Protocol):
     block_table: list[int]
     block_keys: list[BlockKey]
     table_version: int
+    num_loading: int
+    load_from: int
+    load_tokens: int
+    tail: Block | None
+    tail_tokens: int
 
     @property
     def cache_salt(self) -> str: ...

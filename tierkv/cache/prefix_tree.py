@@ -18,13 +18,21 @@ _SCAN_CHILDREN = 8
 
 
 class Copy:
-    """A block's place in one tier; its state is written by `Residency` only."""
+    """A block's place in one tier; its state is written by `Residency` only.
 
-    __slots__ = ("slot", "state")
+    Attributes:
+        readers: moves that read the copy now.
+        is_listed, is_evictable: what the tier's eviction policy was told of it (`Evictor`).
+    """
+
+    __slots__ = ("is_evictable", "is_listed", "readers", "slot", "state")
 
     def __init__(self, slot: int, state: object) -> None:
         self.slot = slot
         self.state = state
+        self.readers = 0
+        self.is_listed = False
+        self.is_evictable = False
 
 
 class Block:
@@ -34,7 +42,9 @@ class Block:
         key: content key of a full block, random id of a private one.
         tokens: packed token ids (`hashing.pack_tokens`), empty while private.
         depth: blocks before it; -1 for the root of a salt.
-        pins: how many sequences or copies in flight hold it.
+        pins: how many sequences or copies in flight hold its copy in the GPU pool.
+        busy: moves that read its GPU copy, plus children that are busy: while any is, the block
+            cannot leave the pool before them.
         copies: tier -> Copy; absent means EMPTY there.
         in_tree: whether `PrefixTree` owns it.
     """
@@ -47,6 +57,7 @@ class Block:
         "tokens",
         "depth",
         "pins",
+        "busy",
         "copies",
         "in_tree",
     )
@@ -59,6 +70,7 @@ class Block:
         self.tokens = b""
         self.depth = depth
         self.pins = 0
+        self.busy = 0
         self.copies: dict[TierName, Copy] = {}
         self.in_tree = False
 
@@ -75,7 +87,8 @@ class PrefixTree:
         self.block_size = block_size
         self._fingerprint = fingerprint
         self._index: dict[BlockKey, Block] = {}
-        self._roots: dict[str, Block] = {}
+        self._roots: dict[BlockKey, Block] = {}
+        self._root_keys: dict[str, BlockKey] = {}
 
     def __len__(self) -> int:
         return len(self._index)
@@ -88,22 +101,30 @@ class PrefixTree:
         return list(self._roots.values())
 
     def root_key(self, salt: str) -> BlockKey:
-        root = self._roots.get(salt)
-        return root.key if root is not None else root_key(self._fingerprint, salt)
+        key = self._root_keys.get(salt)
+        return key if key is not None else root_key(self._fingerprint, salt)
 
     def get(self, key: BlockKey) -> Block | None:
         return self._index.get(key)
 
     def root(self, salt: str) -> Block | None:
         """The root under which this salt's first blocks hang, if there are any."""
-        return self._roots.get(salt)
+        return self._roots.get(self.root_key(salt))
 
     def ensure_root(self, salt: str) -> Block:
-        root = self._roots.get(salt)
-        if root is None:
-            root = self._roots[salt] = Block(root_key(self._fingerprint, salt), -1)
-            root.in_tree = True
+        key = self.root_key(salt)
+        self._root_keys[salt] = key
+        return self._roots.get(key) or self.add_root(key)
+
+    def add_root(self, key: BlockKey) -> Block:
+        """The root of a salt of which only the key is known (blocks that were stored earlier)."""
+        root = self._roots[key] = Block(key, -1)
+        root.in_tree = True
         return root
+
+    def find(self, key: BlockKey) -> Block | None:
+        """A block or a root."""
+        return self._index.get(key) or self._roots.get(key)
 
     def insert(self, block: Block, key: BlockKey, parent: Block, tokens: bytes) -> None:
         """Make a private block public under `parent`; takes a ghost of the same key's place."""
@@ -116,6 +137,8 @@ class PrefixTree:
         if parent.sorted_children is not None and tokens not in parent.children:
             insort(parent.sorted_children, tokens)
         parent.children[tokens] = block
+        if key in self._roots:
+            self._join(self._roots.pop(key), block)
 
     def insert_ghost(self, key: BlockKey, parent: Block, tokens: bytes) -> Block:
         """A node without a copy, so that a block deeper down can be reached."""
@@ -129,7 +152,18 @@ class PrefixTree:
         block.children, block.sorted_children = ghost.children, ghost.sorted_children
         for child in block.children.values():
             child.parent = block
+        block.busy, ghost.busy = block.busy + ghost.busy, 0
         ghost.in_tree = False
+
+    def _join(self, stray: Block, block: Block) -> None:
+        """Blocks that were recovered without their parent have found it."""
+        block.children |= stray.children
+        block.sorted_children = None
+        pending = [(block, child) for child in stray.children.values()]
+        for parent, child in pending:
+            child.parent, child.depth = parent, parent.depth + 1
+            pending.extend((child, grandchild) for grandchild in child.children.values())
+        block.busy += stray.busy
 
     def prune(self, block: Block) -> None:
         """Drop the node, and then each ancestor, that nothing needs any more."""
@@ -143,7 +177,8 @@ class PrefixTree:
         node.in_tree = False
         parent, node.parent = node.parent, None
         if parent is None:
-            self._roots = {salt: root for salt, root in self._roots.items() if root is not node}
+            del self._roots[node.key]
+            self._root_keys = {s: key for s, key in self._root_keys.items() if key != node.key}
             return
         del self._index[node.key]
         del parent.children[node.tokens]

@@ -80,12 +80,51 @@ class Residency:
         """The bytes are complete."""
         self._transition(self.tiers[tier], block.copies[tier], CopyState.READY)
 
+    def drain(self, block: Block, tier: TierName) -> None:
+        """The copy's slot will be free once the move that reads it is complete."""
+        self._transition(self.tiers[tier], block.copies[tier], CopyState.DRAINING)
+
+    def rescue(self, block: Block, tier: TierName) -> None:
+        """Keep a DRAINING copy after all."""
+        self._transition(self.tiers[tier], block.copies[tier], CopyState.READY)
+
     def drop(self, block: Block, tier: TierName) -> None:
-        """Give the slot back: a FILLING copy is abandoned, a READY one forgotten."""
-        slots, copy = self.tiers[tier], block.copies[tier]
+        """Give the slot back: a FILLING copy is abandoned, a READY or DRAINING one forgotten."""
+        self.free(block.copies.pop(tier), tier)
+
+    def detach(self, block: Block, tier: TierName) -> Copy:
+        """Take a FILLING copy away from its block; bytes may still land in the slot, so whoever
+        waits for them calls `free`."""
+        copy = block.copies.pop(tier)
+        if copy.state is not CopyState.FILLING:
+            raise InvariantError(f"copy in {tier.value}: {copy.state} cannot be detached")
+        return copy
+
+    def free(self, copy: Copy, tier: TierName) -> None:
+        """Give back the slot of a copy that no block has any more."""
+        slots = self.tiers[tier]
+        if copy.readers:
+            raise InvariantError(f"copy in {tier.value}: slot {copy.slot} is being read")
         self._transition(slots, copy, CopyState.EMPTY)
         slots.empty_slots.append(copy.slot)
-        del block.copies[tier]
+
+    def adopt(self, source: Block, target: Block, tier: TierName) -> None:
+        """`target`, which has no copy in the tier, takes over that of `source`."""
+        if tier in target.copies:
+            raise InvariantError(f"{target.key.hex()} has a copy in {tier.value} already")
+        target.copies[tier] = source.copies.pop(tier)
+
+    def recover(self, block: Block, tier: TierName, slot: int) -> None:
+        """The block was found in `slot` when a persistent tier was opened (slots must be taken
+        out of `empty_slots` with `reserve` first)."""
+        copy = block.copies[tier] = Copy(slot, CopyState.EMPTY)
+        self._transition(self.tiers[tier], copy, CopyState.FILLING)
+        self._transition(self.tiers[tier], copy, CopyState.READY)
+
+    def reserve(self, tier: TierName, slots: set[int]) -> None:
+        """Take these slots out of the empty ones."""
+        kept = self.tiers[tier].empty_slots
+        kept[:] = [slot for slot in kept if slot not in slots]
 
     def is_ready(self, block: Block, tier: TierName) -> bool:
         copy = block.copies.get(tier)

@@ -5,74 +5,37 @@ tokens are final; `seal` then puts them into the prefix tree, where other sequen
 `release` takes the pins away: private blocks are freed at once, blocks of the tree stay as cache
 until the eviction policy gives them up.
 
-Today there is one tier, the GPU pool. Which slot holds what is `Residency`'s to say; lower tiers
-join there, in `lookup` (a hit further down) and in `poll`/`begin` (moves).
+With lower tiers, `acquire` begins the loads of what is not in the pool, `seal` offers what was
+computed to the tier below, `swap_out` sends a sequence's last blocks down, and `poll` ends moves.
 """
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
-from tierkv.cache.hashing import extend_keys, pack_tokens, private_key
+from tierkv.cache.claims import Claims
+from tierkv.cache.copies import Copies
+from tierkv.cache.evictor import CPU, GPU, NVME, Evictor
+from tierkv.cache.hashing import extend_keys
 from tierkv.cache.holder import BlockHolder
+from tierkv.cache.loads import Loads
+from tierkv.cache.lookup import Lookup, Match, Walker, is_in_pool
+from tierkv.cache.lower_tiers import LowerTiers, MoveLimits, TierSpec
+from tierkv.cache.moves import Moves
+from tierkv.cache.pool_blocks import PoolBlocks
+from tierkv.cache.prefetcher import Prefetcher
 from tierkv.cache.prefix_tree import Block, PrefixTree
-from tierkv.cache.residency import Residency
+from tierkv.cache.residency import CopyState, Residency
+from tierkv.cache.sealer import Sealer
+from tierkv.cache.swapper import Swapper
+from tierkv.cache.tails import Tails
 from tierkv.errors import InvariantError
-from tierkv.policies.base import AccessHint, EvictionPolicy, Why
-from tierkv.protocols import Clock
-from tierkv.types import BlockCopy, BlockKey, TierName
+from tierkv.policies.admission import When
+from tierkv.policies.base import AccessHint, EvictionPolicy
+from tierkv.protocols import Clock, Mover
+from tierkv.types import BlockKey, Move
 
-GPU = TierName.GPU
-
-
-class Lookup(enum.Enum):
-    """What a lookup answers about the first block that it does not find."""
-
-    MISS = "miss"  # compute it
-    PENDING = "pending"  # another running sequence is computing it: wait
-
-
-@dataclass(slots=True)
-class Match:
-    """What of a sequence's tokens is cached.
-
-    Attributes:
-        blocks: the leading full blocks; None where a window makes the block unnecessary.
-        num_tokens: tokens whose KV can be reused, partial block included.
-        partial: a block whose first tokens match, and how many; it is copied and continued.
-        next: what is known of the first missing block.
-    """
-
-    blocks: list[Block | None] = field(default_factory=list)
-    num_tokens: int = 0
-    partial: tuple[Block, int] | None = None
-    next: Lookup = Lookup.MISS
-
-
-@dataclass(slots=True)
-class CopyBatch:
-    """Copy-on-write work for one plan; its sources stay pinned until `finish_copies`."""
-
-    copies: list[BlockCopy] = field(default_factory=list)
-    sources: list[Block] = field(default_factory=list)
-
-
-class _View:
-    """`TreeView` over the prefix tree."""
-
-    def __init__(self, tree: PrefixTree) -> None:
-        self._tree = tree
-
-    def parent(self, key: object) -> BlockKey | None:
-        block = self._tree.get(key) if isinstance(key, bytes) else None
-        parent = block.parent if block is not None else None
-        return parent.key if parent is not None and parent.depth >= 0 else None
-
-    def children(self, key: object) -> Iterator[BlockKey]:
-        block = self._tree.get(key) if isinstance(key, bytes) else None
-        return iter([c.key for c in block.children.values()] if block is not None else [])
+__all__ = ["CPU", "GPU", "NVME", "Lookup", "Match", "TieredCache", "held_blocks"]
 
 
 class TieredCache:
@@ -82,11 +45,15 @@ class TieredCache:
         num_gpu_blocks: slots of the GPU pool.
         block_size: tokens per block.
         policy: eviction policy of the GPU tier.
-        clock: supplies `AccessHint.now`.
+        clock: supplies `AccessHint.now`, and deadlines.
         fingerprint: model fingerprint, part of every key.
         enable_prefix_caching: without it nothing is sealed and every lookup misses.
         window: tokens that attention looks back when *every* layer has a sliding window; blocks
             behind it are released and a hit needs only the blocks within it.
+        tiers: the lower tiers from hot to cold; they need prefix caching.
+        mover: copies blocks between tiers; needed with `tiers`.
+        slot_bytes: bytes of a block, for budgets.
+        limits: how much may move.
     """
 
     def __init__(
@@ -99,19 +66,64 @@ class TieredCache:
         fingerprint: bytes = b"",
         enable_prefix_caching: bool = True,
         window: int | None = None,
+        tiers: Sequence[TierSpec] = (),
+        mover: Mover | None = None,
+        slot_bytes: int = 1,
+        limits: MoveLimits | None = None,
     ) -> None:
         self.block_size = block_size
         self.window = window
-        self.residency = Residency({GPU: num_gpu_blocks})
+        self.residency = Residency(
+            {GPU: num_gpu_blocks, **{spec.name: spec.capacity for spec in tiers}}
+        )
         self.tree = PrefixTree(fingerprint, block_size)
-        self.num_evictable = 0
-        self.num_evicted = 0
-        self._policy = policy
+        policies = {GPU: policy, **{spec.name: spec.eviction for spec in tiers}}
+        self.evictors = {
+            name: Evictor(name, p, self.tree, self.residency, is_chained=window is None)
+            for name, p in policies.items()
+        }
+        self.tails = Tails(self.residency)
+        self.pool = PoolBlocks(self.residency, self.evictors[GPU], self.tails, self._leaving)
+        self.moves: Moves | None = None
+        self.lower: LowerTiers | None = None
+        self.swapper: Swapper | None = None
+        self.prefetcher: Prefetcher | None = None
         self._clock = clock
         self._caching = enable_prefix_caching
-        self._view = _View(self.tree)
-        self._computing: dict[BlockKey, BlockHolder] = {}
-        self._copies = CopyBatch()
+        self._walker = Walker(self.tree, block_size, window)
+        self._claims = Claims()
+        self._sealer = Sealer(
+            self.tree,
+            self.residency,
+            self.evictors[GPU],
+            self.pool,
+            self._rescue,
+            self._published,
+        )
+        self.copies = Copies(self.pool)
+        if mover is not None and tiers:
+            self._add_tiers(tiers, mover, slot_bytes, limits or MoveLimits())
+
+    def _add_tiers(
+        self, tiers: Sequence[TierSpec], mover: Mover, slot_bytes: int, limits: MoveLimits
+    ) -> None:
+        self.moves = Moves(
+            self.residency,
+            self.evictors,
+            mover,
+            self._clock,
+            self.hint_of,
+            slot_bytes=slot_bytes,
+            is_chained=self.window is None,
+        )
+        self.lower = LowerTiers(
+            tiers, self.residency, self.evictors, self.moves, limits, self.hint_of, self.block_size
+        )
+        self.loads = Loads(self.moves, self.pool, self.tails, self._truncate, limits.load_timeout_s)
+        self.prefetcher = Prefetcher(self.pool, self.loads, self.lower)
+        self.swapper = Swapper(
+            self.residency, self.moves, self.lower, self.loads, self.pool, self.tails
+        )
 
     # ------------------------------------------------------------------ capacity
 
@@ -126,7 +138,18 @@ class TieredCache:
     @property
     def num_available(self) -> int:
         """Blocks that could be allocated now: empty, or cached and evictable."""
-        return self.num_empty + self.num_evictable
+        return self.pool.num_available
+
+    @property
+    def num_leaving(self) -> int:
+        """Pool blocks that will be available when moves in flight have ended."""
+        if self.moves is None:
+            return 0
+        return sum(
+            1
+            for ticket in self.moves.tickets.values()
+            if ticket.move.source is GPU and not ticket.block.pins
+        )
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -145,7 +168,7 @@ class TieredCache:
 
     # ------------------------------------------------------------------ look up and acquire
 
-    def lookup(self, seq: BlockHolder, *, use_cache: bool = True) -> Match:
+    def lookup(self, seq: BlockHolder, *, use_cache: bool = True, use_lower: bool = True) -> Match:
         """What is cached of `seq.token_ids`; changes nothing but the keys memoised on `seq`.
 
         At least the last token is left to compute, because its logits are wanted.
@@ -153,41 +176,98 @@ class TieredCache:
         if not self._caching or not use_cache:
             return Match()
         self._extend_keys(seq)
-        match = self._walk(seq)
+        match = self._walker.walk(seq, use_lower=use_lower and self.lower is not None)
+        if match.num_loads and self.window is None:
+            match = self._cut_at_computing(seq, match)
         depth = len(match.blocks)
-        if depth < len(seq.block_keys) and self.is_computing(seq, seq.block_keys[depth]):
+        if depth < len(seq.block_keys) and self._claims.is_claimed(seq, seq.block_keys[depth]):
             match.next = Lookup.PENDING
-        else:
-            self._add_partial(seq, match)
+        elif not match.num_loads:
+            self._walker.add_partial(seq, match)
         return match
 
-    def acquire(self, seq: BlockHolder, match: Match) -> None:
+    def is_computing(self, seq: BlockHolder, key: BlockKey) -> bool:
+        """Whether a running sequence other than `seq` is about to compute the block `key`."""
+        return self._claims.is_claimed(seq, key)
+
+    def _cut_at_computing(self, seq: BlockHolder, match: Match) -> Match:
+        """What another sequence is computing anew is waited for, not loaded."""
+        first = len(match.blocks) - match.num_loads
+        for index in range(first, len(match.blocks)):
+            if self._claims.is_claimed(seq, seq.block_keys[index]):
+                return match.cut(index, self.block_size)
+        return match
+
+    def acquire(self, seq: BlockHolder, match: Match, num_head: int = 0) -> None:
         """Pin what matched and make it the beginning of the sequence's block table.
 
-        The caller has checked `blocks_to_acquire` against `num_available`.
+        Blocks that are not in the pool begin to be loaded: `seq.num_loading` counts them, and
+        `skip_loaded` moves `num_computed` past them once they are there. The caller has checked
+        `blocks_to_acquire` against `num_available`.
+
+        Args:
+            seq: holds nothing yet.
+            match: what to acquire.
+            num_head: how many of the blocks that are not in the pool the sequence computes itself
+                while the rest is loaded.
         """
         hint_of = self._hints(seq)
-        for block in reversed(match.blocks):
+        first_load = len(match.blocks) - match.num_loads
+        loaded = match.blocks
+        if num_head:
+            loaded = [*match.blocks[:first_load], *match.blocks[first_load + num_head :]]
+        for block in reversed(loaded):
             if block is not None:
-                self._pin(block)
-                self._policy.touch(block.key, hint_of(block.depth))
-        seq.blocks = list(match.blocks)
-        seq.block_table = [b.copies[GPU].slot if b is not None else 0 for b in match.blocks]
-        seq.num_sealed = len(match.blocks)
+                self.pool.pin(block)
+                self._touch(block, hint_of(block.depth))
+        seq.blocks, seq.block_table = [], []
+        for index, block in enumerate(match.blocks):
+            if first_load <= index < first_load + num_head:
+                self._append(seq)
+            else:
+                self._take(seq, block)
+        seq.num_sealed = first_load if match.num_loads else len(match.blocks)
         seq.num_released = next((i for i, b in enumerate(match.blocks) if b is not None), 0)
         seq.num_computed = match.num_tokens
         seq.table_version += 1
-        if match.partial is not None:
-            source, shared = match.partial
-            self._policy.touch(source.key, hint_of(source.depth))
-            self._append_copy_of(seq, source, shared)
-        self._claim(seq)
+        if match.num_loads:
+            self._begin_waiting(seq, match, first_load + num_head)
+        is_resumed = self.swapper is not None and self.swapper.bring_back(seq, match)
+        if match.partial is not None and not is_resumed:
+            self._take_partial(seq, match.partial, hint_of)
+        if self._caching:
+            self._extend_keys(seq)
+            self._claims.claim(seq, self.block_size)
+
+    def _begin_waiting(self, seq: BlockHolder, match: Match, load_from: int) -> None:
+        seq.load_from = load_from
+        seq.load_tokens = len(match.blocks) * self.block_size
+        if self.window is not None:  # what is in the pool is no prefix: all of it, or nothing
+            seq.load_from = seq.num_computed = 0
+
+    def _take(self, seq: BlockHolder, block: Block | None) -> None:
+        """Append a block, already pinned, to the table; load it if it is not in the pool."""
+        seq.blocks.append(block)
+        if block is not None and not is_in_pool(block):
+            self.loads.wait_for(seq, block)
+        elif block is not None:
+            self._rescue(block)
+        seq.block_table.append(block.copies[GPU].slot if block is not None else 0)
+
+    def _take_partial(
+        self, seq: BlockHolder, partial: tuple[Block, int], hint_of: _HintMaker
+    ) -> None:
+        source, _ = partial
+        self._rescue(source)
+        self._touch(source, hint_of(source.depth))
+        self._append_copy_of(seq, *partial)
 
     def blocks_to_acquire(self, match: Match, num_tokens: int, chunk: int) -> int:
         """How much `num_available` falls at most when the match is acquired and then grown to
         `num_tokens` in steps of `chunk`."""
-        rescued = sum(1 for b in match.blocks if b is not None and b.pins == 0)
-        grown = self.blocks_for(num_tokens) - len(match.blocks)
+        copies = [b.copies[GPU] for b in match.blocks if b is not None and GPU in b.copies]
+        rescued = sum(1 for copy in copies if copy.is_evictable)
+        grown = self.blocks_for(num_tokens) - (len(match.blocks) - match.num_loads)
         source = 1 if match.partial is not None and match.partial[0].pins == 0 else 0
         return min(rescued + grown, self.blocks_to_hold(num_tokens, chunk)) + source
 
@@ -196,73 +276,12 @@ class TieredCache:
             root = self.tree.root_key(seq.cache_salt)
             extend_keys(seq.block_keys, root, seq.token_ids, self.block_size)
 
-    def _walk(self, seq: BlockHolder) -> Match:
-        limit = (len(seq.token_ids) - 1) // self.block_size
-        if self.window is not None:
-            return self._walk_windowed(seq, limit)
-        blocks: list[Block | None] = []
-        get, is_ready = self.tree.get, self.residency.is_ready
-        for key in seq.block_keys[:limit]:
-            block = get(key)
-            if block is None or not is_ready(block, GPU):
-                break
-            blocks.append(block)
-        return Match(blocks, len(blocks) * self.block_size)
-
-    def _walk_windowed(self, seq: BlockHolder, limit: int) -> Match:
-        """The longest prefix all of whose blocks *within the window* of its end are cached."""
-        ready = []
-        for key in seq.block_keys[:limit]:
-            block = self.tree.get(key)
-            ready.append(
-                block if block is not None and self.residency.is_ready(block, GPU) else None
-            )
-        run = 0  # cached blocks in a row, ending before `depth`
-        best = 0
-        for depth, block in enumerate(ready, start=1):
-            run = run + 1 if block is not None else 0
-            if run >= depth - self._first_needed(depth * self.block_size):
-                best = depth
-        first = self._first_needed(best * self.block_size) if best else 0
-        blocks = [block if i >= first else None for i, block in enumerate(ready[:best])]
-        return Match(blocks, best * self.block_size)
-
-    def _first_needed(self, position: int) -> int:
-        """The first block that a query at `position` (or later) may look at."""
-        if self.window is None:
-            return 0
-        return max(0, position - self.window + 1) // self.block_size
-
-    def _add_partial(self, seq: BlockHolder, match: Match) -> None:
-        depth = len(match.blocks)
-        start = depth * self.block_size
-        end = min(start + self.block_size, len(seq.token_ids) - 1)
-        last = match.blocks[-1] if match.blocks else self.tree.root(seq.cache_salt)
-        if end <= start or last is None or not last.children:
-            return
-        best = self.tree.best_partial(last, pack_tokens(seq.token_ids[start:end]), GPU)
-        if best is not None and self.residency.is_ready(best[0], GPU):
-            match.partial = best
-            match.num_tokens = start + best[1]
-
-    # ------------------------------------------------------------------ who computes what
-
-    def is_computing(self, seq: BlockHolder, key: BlockKey) -> bool:
-        """Whether a running sequence other than `seq` is about to compute the block `key`."""
-        owner = self._computing.get(key)
-        return owner is not None and owner is not seq
-
-    def _claim(self, seq: BlockHolder) -> None:
-        """Tell others that this sequence is about to compute its remaining full blocks."""
-        if self._caching:
-            self._extend_keys(seq)
-            for key in seq.block_keys[seq.num_sealed :]:
-                self._computing.setdefault(key, seq)
-
-    def _unclaim(self, seq: BlockHolder, first: int) -> None:
-        for key in seq.block_keys[first:]:
-            if self._computing.get(key) is seq:
-                del self._computing[key]
+    def _touch(self, block: Block, hint: AccessHint) -> None:
+        """The block is used: tell the policies of the tiers that hold it, and offer it down."""
+        for tier in block.copies:
+            self.evictors[tier].touch(block, hint)
+        if self.lower is not None and is_in_pool(block):
+            self.lower.offer(block, GPU, When.USED, hint)
 
     # ------------------------------------------------------------------ grow
 
@@ -277,47 +296,30 @@ class TieredCache:
             if tail is None:
                 raise InvariantError(f"sequence {seq.seq_id}: its tail was released")
             self._append_copy_of(seq, tail, seq.num_computed % self.block_size)
-            self._unpin(tail, None)
+            self.pool.unpin(tail, None)
             seq.table_version += 1
         while len(seq.block_table) * self.block_size < num_tokens:
             self._append(seq)
 
     def _must_copy_tail(self, seq: BlockHolder) -> bool:
-        if seq.num_computed % self.block_size == 0:
-            return False
-        tail = seq.blocks[-1]
+        index, used = divmod(seq.num_computed, self.block_size)
+        tail = seq.blocks[index] if used and index < len(seq.blocks) else None
         if tail is None or tail.pins == 1:
             return False
-        return tail.pins - self._copies.sources.count(tail) > 1
+        return tail.pins - self.copies.num_from(tail) > 1
 
     def _append(self, seq: BlockHolder) -> Block:
-        if self.num_empty == 0:
-            self._evict(1)
-        block = Block(private_key(), len(seq.blocks))
-        block.pins = 1
-        seq.block_table.append(self.residency.begin_fill(block, GPU))
+        block = self.pool.new_block(len(seq.blocks))
+        seq.block_table.append(block.copies[GPU].slot)
         seq.blocks.append(block)
         return block
 
     def _append_copy_of(self, seq: BlockHolder, source: Block, num_tokens: int) -> None:
-        self._pin(source)
+        self.pool.pin(source)
         block = self._append(seq)
-        copy = BlockCopy(source.copies[GPU].slot, block.copies[GPU].slot, num_tokens)
-        self._copies.copies.append(copy)
-        self._copies.sources.append(source)
+        self.copies.add(source, block, num_tokens)
 
-    def take_copies(self) -> CopyBatch:
-        """The copy-on-write work since the last call; it belongs into the next plan."""
-        batch, self._copies = self._copies, CopyBatch()
-        return batch
-
-    def finish_copies(self, batch: CopyBatch) -> None:
-        """The copies were executed (or will never be): their sources may go."""
-        for source in batch.sources:
-            self._unpin(source, None)
-        batch.sources.clear()
-
-    # ------------------------------------------------------------------ seal
+    # ------------------------------------------------------------------ seal and release
 
     def seal(self, seq: BlockHolder, num_tokens: int) -> None:
         """The KV of the first `num_tokens` tokens is computed and the tokens are final."""
@@ -326,58 +328,20 @@ class TieredCache:
             self._extend_keys(seq)
             hint_of = self._hints(seq)
             for index in range(first, last):
-                self._seal_block(seq, index, hint_of(index))
-                if self._computing.get(seq.block_keys[index]) is seq:
-                    del self._computing[seq.block_keys[index]]
-            seq.num_sealed = last
+                if not self._sealer.try_seal(seq, index, hint_of(index)):
+                    break  # a later call tries again
+                self._claims.drop(seq, seq.block_keys[index])
+                seq.num_sealed = index + 1
         if self.window is not None:
             self._release_behind(seq, num_tokens)
 
-    def _seal_block(self, seq: BlockHolder, index: int, hint: AccessHint) -> None:
-        block, key = seq.blocks[index], seq.block_keys[index]
-        if block is None or block.in_tree:
-            return
-        known = self.tree.get(key)
-        if known is not None and self.residency.is_ready(known, GPU):
-            self._share(seq, index, known)
-            return
-        start = index * self.block_size
-        tokens = pack_tokens(seq.token_ids[start : start + self.block_size])
-        parent = self._parent_of(seq, index)
-        self.tree.insert(block, key, parent, tokens)
-        self.residency.commit_fill(block, GPU)
-        policy_parent = parent.key if self.window is None and parent.depth >= 0 else None
-        self._policy.insert(key, policy_parent, hint)
+    def _published(self, block: Block, hint: AccessHint) -> None:
+        if self.lower is not None:
+            self.lower.offer(block, GPU, When.READY, hint)
 
-    def _share(self, seq: BlockHolder, index: int, known: Block) -> None:
-        """Another sequence computed the same block first: use that one and free our own."""
-        own = seq.blocks[index]
-        self._pin(known)
-        seq.blocks[index] = known
-        seq.block_table[index] = known.copies[GPU].slot
-        seq.table_version += 1
-        if own is not None:
-            self._unpin(own, None)
-
-    def _parent_of(self, seq: BlockHolder, index: int) -> Block:
-        """The tree node before block `index`; ghosts are made where the path has gone."""
-        if index == 0:
-            return self.tree.ensure_root(seq.cache_salt)
-        before = seq.blocks[index - 1]
-        if before is not None and before.in_tree:
-            return before
-        missing = index - 1
-        while missing > 0 and self.tree.get(seq.block_keys[missing - 1]) is None:
-            missing -= 1
-        node = self.tree.get(seq.block_keys[missing - 1]) if missing else None
-        node = node or self.tree.ensure_root(seq.cache_salt)
-        for i in range(missing, index):
-            known = self.tree.get(seq.block_keys[i])
-            packed = pack_tokens(seq.token_ids[i * self.block_size : (i + 1) * self.block_size])
-            node = known or self.tree.insert_ghost(seq.block_keys[i], node, packed)
-        return node
-
-    # ------------------------------------------------------------------ release
+    def _rescue(self, block: Block) -> None:
+        if self.moves is not None and block.copies[GPU].state is CopyState.DRAINING:
+            self.moves.rescue(block)
 
     def fork(self, parent: BlockHolder, child: BlockHolder, num_tokens: int) -> None:
         """Let `child` hold the blocks of `parent`'s first `num_tokens` tokens.
@@ -388,7 +352,7 @@ class TieredCache:
         child.blocks = parent.blocks[:count]
         for block in child.blocks:
             if block is not None:
-                self._pin(block)
+                self.pool.pin(block)
         child.block_table = parent.block_table[:count]
         child.block_keys = parent.block_keys[: num_tokens // self.block_size]
         child.num_computed = num_tokens
@@ -397,89 +361,137 @@ class TieredCache:
 
     def release(self, seq: BlockHolder) -> None:
         """Take the sequence's pins away, tail first, and empty its block table."""
-        self._unclaim(seq, seq.num_sealed)
-        hint_of = self._hints(seq)
-        for block in reversed(seq.blocks):
-            if block is not None:
-                self._unpin(block, hint_of(block.depth))
-        seq.blocks = []
-        seq.block_table = []
+        for key in seq.block_keys[seq.num_sealed :]:
+            self._claims.drop(seq, key)
+        self._drop_from(seq, 0)
         seq.num_computed = seq.num_sealed = seq.num_released = 0
+        if seq.tail is not None:
+            tail, seq.tail = seq.tail, None
+            self.tails.give_up(tail)
+
+    def _drop_from(self, seq: BlockHolder, index: int) -> None:
+        """Take the pins of the blocks from `index` on away, tail first."""
+        dropped = seq.blocks[index:]
+        if self.moves is not None:
+            self.loads.forget(seq, dropped)
+        hint_of = self._hints(seq, ends_use=True)
+        for block in reversed(dropped):
+            if block is not None:
+                self.pool.unpin(block, hint_of(block.depth))
+        del seq.blocks[index:], seq.block_table[index:]
+        seq.load_from = seq.load_tokens = 0
         seq.table_version += 1
+
+    def _truncate(self, seq: BlockHolder, index: int) -> None:
+        """A load failed: keep what comes before block `index`, as far as it is of use."""
+        if self.window is not None:
+            self._drop_from(seq, 0)
+            seq.num_computed = seq.num_sealed = seq.num_released = 0
+            return
+        load_from = seq.load_from
+        self._drop_from(seq, index)
+        if index > load_from:
+            seq.load_from, seq.load_tokens = load_from, index * self.block_size
 
     def _release_behind(self, seq: BlockHolder, num_tokens: int) -> None:
         """Drop the pins of blocks that no later query can look at."""
-        first = min(self._first_needed(num_tokens), len(seq.blocks))
+        first = min(self._walker.first_needed(num_tokens), len(seq.blocks))
         if first <= seq.num_released:
             return
-        hint_of = self._hints(seq)
+        hint_of = self._hints(seq, ends_use=True)
         for index in range(seq.num_released, first):
             block = seq.blocks[index]
             if block is not None:
                 seq.blocks[index] = None
                 seq.block_table[index] = 0
-                self._unpin(block, hint_of(index))
+                self.pool.unpin(block, hint_of(index))
         seq.num_released = first
         seq.table_version += 1
 
-    def reset(self) -> bool:
-        """Forget every cached block; False (and nothing happens) while any block is held."""
-        if self.num_available != self.num_blocks:
+    # ------------------------------------------------------------------ lower tiers
+
+    def poll(self) -> None:
+        """End what has ended in the background and tell the sequences that waited."""
+        if self.moves is None or self.lower is None:
+            return
+        for ended in self.moves.poll():
+            self.loads.end(ended)
+            block, tier = ended.ticket.block, ended.ticket.move.destination
+            if ended.is_ready and block.in_tree and tier in block.copies:
+                self.lower.offer(block, tier, When.READY, self.hint_of(block))
+
+    def skip_loaded(self, seq: BlockHolder) -> bool:
+        """Whether the sequence can compute on; moves it past what was loaded for it."""
+        if not seq.load_tokens:
+            return True
+        if seq.num_computed < seq.load_from * self.block_size:
+            return True  # its head is still to be computed
+        if seq.num_loading:
             return False
-        self._evict(self.num_evictable, Why.REMOVED)
+        seq.num_computed = seq.load_tokens
+        seq.load_from = seq.load_tokens = 0
         return True
 
-    # ------------------------------------------------------------------ pins and eviction
+    def swap_out(self, seq: BlockHolder) -> None:
+        """Release the sequence; what the lower tiers lack of it goes down first."""
+        if self.swapper is None:
+            raise InvariantError("there is no tier to swap to")
+        tokens = seq.num_computed
+        tail = self.swapper.send_down(seq)
+        self.release(seq)
+        if tail is not None:
+            seq.tail, seq.tail_tokens = tail, tokens
 
-    def _pin(self, block: Block) -> None:
-        if block.pins == 0 and block.in_tree:
-            self._policy.set_evictable(block.key, False)
-            self.num_evictable -= 1
-        block.pins += 1
+    def take_moves(self) -> list[Move]:
+        """Moves to begin with the next step; write-backs join what was decided."""
+        if self.moves is None or self.lower is None:
+            return []
+        self.lower.pump()
+        return self.moves.take_begun()
 
-    def _unpin(self, block: Block, hint: AccessHint | None) -> None:
-        if block.pins <= 0:
-            raise InvariantError(f"block {block.key.hex()} is unpinned too often")
-        block.pins -= 1
-        if block.in_tree and hint is not None:
-            self._policy.touch(block.key, hint)
-        if block.pins:
-            return
-        if block.in_tree:
-            self._policy.set_evictable(block.key, True)
-            self.num_evictable += 1
-        else:
-            self.residency.drop(block, GPU)
+    def begin(self, moves: list[Move]) -> None:
+        """Start moves; does not wait."""
+        if self.moves is not None:
+            self.moves.start(moves)
 
-    def _evict(self, n: int, why: Why = Why.EVICTED) -> None:
-        victims = self._policy.propose(n, self._view)
-        if len(victims) < n:
-            raise InvariantError(f"{n} blocks to evict, the policy proposed {len(victims)}")
-        for key in victims:
-            block = self.tree.get(key) if isinstance(key, bytes) else None
-            if block is None or block.pins:
-                raise InvariantError(f"the eviction policy proposed {key!r}, which is not free")
-            self.residency.drop(block, GPU)
-            self._policy.forget(key, why)
-            self.num_evictable -= 1
-            self.tree.prune(block)
-        if why is Why.EVICTED:
-            self.num_evicted += n
+    @property
+    def has_background_work(self) -> bool:
+        """Moves are in flight, or blocks are offered that will begin to move."""
+        return self.has_moves or (self.lower is not None and self.lower.num_queued > 0)
 
-    def _hints(self, seq: BlockHolder) -> _HintMaker:
-        return _HintMaker(self._clock.now(), self.block_size, seq.priority)
+    @property
+    def has_moves(self) -> bool:
+        return self.moves is not None and bool(self.moves.tickets)
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when a move may have ended, or after `timeout_s`."""
+        if self.moves is not None:
+            self.moves.wait(timeout_s)
+
+    def _leaving(self, blocks: list[Block]) -> None:
+        if self.lower is not None:
+            self.lower.leaving_pool(blocks)
+
+    def _hints(self, seq: BlockHolder, *, ends_use: bool = False) -> _HintMaker:
+        return _HintMaker(self._clock.now(), self.block_size, seq.priority, ends_use)
+
+    def hint_of(self, block: Block) -> AccessHint:
+        """For an access that no request is behind, such as a move."""
+        return AccessHint(self._clock.now(), block.depth, self.block_size)
 
 
 class _HintMaker:
     """Makes the hints of one access; only the depth differs between its blocks."""
 
-    __slots__ = ("now", "priority", "tokens")
+    __slots__ = ("ends_use", "now", "priority", "tokens")
 
-    def __init__(self, now: float, tokens: int, priority: int) -> None:
-        self.now, self.tokens, self.priority = now, tokens, priority
+    def __init__(self, now: float, tokens: int, priority: int, ends_use: bool) -> None:
+        self.now, self.tokens, self.priority, self.ends_use = now, tokens, priority, ends_use
 
     def __call__(self, depth: int) -> AccessHint:
-        return AccessHint(self.now, depth, self.tokens, priority=self.priority)
+        return AccessHint(
+            self.now, depth, self.tokens, priority=self.priority, ends_use=self.ends_use
+        )
 
 
 def held_blocks(sequences: Sequence[BlockHolder]) -> list[Block]:

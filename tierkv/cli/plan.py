@@ -14,7 +14,7 @@ from typing import Any
 from tierkv.cache.layout import DTYPE_BITS, KVLayout
 from tierkv.cli.model_facts import ModelFacts, read_facts
 from tierkv.cli.options import Parser, add_config_flag, add_flags, read_options, take_model
-from tierkv.config import option, parse_bytes
+from tierkv.config import check_block_size, option, parse_bytes
 from tierkv.errors import ConfigError
 from tierkv.types import TierName
 
@@ -59,6 +59,7 @@ class PlanOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(name, value, "must be at least 1")
+        check_block_size(self.block_size)
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             fix = "must be above 0 and at most 1"
             raise ConfigError("gpu_memory_utilization", self.gpu_memory_utilization, fix)
@@ -170,6 +171,10 @@ def fill(
 def notes(facts: ModelFacts, layout: KVLayout, options: PlanOptions) -> list[str]:
     """What the numbers do not say by themselves."""
     found = []
+    if (options.context or 0) > facts.context:
+        found.append(
+            f"the model's positions end at {facts.context:,}: `serve` refuses longer sequences."
+        )
     windows = [window for window in layout.windows if window is not None]
     if windows and layout.common_window is None:
         found.append(

@@ -161,6 +161,12 @@ class AsyncLLM:
             engine_ids = [self._engine_ids[i] for i in ids if i in self._engine_ids]
         self._client.send("abort", engine_ids)
 
+    def abort_all(self) -> None:
+        """End every request now, as `abort` does; may be called from any thread."""
+        with self._lock:
+            engine_ids = list(self._waiters)
+        self._client.send("abort", engine_ids)
+
     # -- the engine ----------------------------------------------------------------------------
 
     async def metrics(self) -> dict[str, Any]:

@@ -7,17 +7,27 @@ from dataclasses import dataclass
 from typing import Any
 
 from tierkv.cache.check import check_cache
+from tierkv.cache.lower_tiers import MoveLimits, TierSpec
+from tierkv.cache.recovery import forget_all, recover
 from tierkv.cache.tiered_cache import TieredCache
-from tierkv.config import EngineConfig
+from tierkv.config import EngineConfig, per_tier
+from tierkv.engine.cost import MeasuredCost
 from tierkv.engine.outputs import SequenceOutput
+from tierkv.engine.plan import Plan
+from tierkv.engine.preemption import SchedulingPolicies
 from tierkv.engine.request import Request, SeqState, Sequence
 from tierkv.engine.sampling_params import SamplingParams
 from tierkv.engine.scheduler import Scheduler
 from tierkv.errors import ConfigError, EngineDeadError, RequestError
 from tierkv.metrics import Metrics
 from tierkv.policies import registry
-from tierkv.protocols import Clock, Executor, Sampler
-from tierkv.types import FinishReason
+from tierkv.policies.admission import ByteRateLimit
+from tierkv.protocols import Clock, Executor, Mover, Sampler
+from tierkv.storage.base import StoredBlock
+from tierkv.types import FinishReason, TierName
+
+_WAIT_S = 0.005  # for a move, when there is nothing to compute
+_FLUSH_S = 30.0
 
 
 @dataclass(slots=True)
@@ -49,6 +59,26 @@ class EngineInfo:
     window: int | None = None
 
 
+@dataclass(slots=True)
+class LowerTierSetup:
+    """The tiers below the pool, opened and ready.
+
+    Attributes:
+        specs: slots and policies, from hot to cold.
+        mover: moves blocks between all of them.
+        slot_bytes: bytes of a block.
+        limits: how much may move.
+        stored: what a persistent tier brought back, as `TieredCache.recover` takes it.
+    """
+
+    specs: list[TierSpec]
+    mover: Mover
+    slot_bytes: int
+    limits: MoveLimits
+    cost: MeasuredCost
+    stored: list[StoredBlock]
+
+
 class MonotonicClock:
     """Real time."""
 
@@ -63,6 +93,7 @@ class EngineCore:
         config: engine options.
         info: facts of the loaded model and its pool.
         executor, sampler, clock: the seams of `tierkv.protocols`.
+        tiers: the tiers below the pool, if there are any.
 
     Raises:
         ConfigError: a policy that does not exist.
@@ -75,23 +106,34 @@ class EngineCore:
         executor: Executor,
         sampler: Sampler,
         clock: Clock,
+        tiers: LowerTierSetup | None = None,
     ) -> None:
         self.info = info
         self._executor, self._sampler, self._clock = executor, sampler, clock
         self._metrics = Metrics()
+        self._mover = tiers.mover if tiers is not None else None
+        self._cost = tiers.cost if tiers is not None else MeasuredCost(1)
         self.cache = TieredCache(
             info.num_gpu_blocks,
             info.block_size,
-            _policy("eviction", "eviction_policy", config.eviction_policy),
+            make_policy(
+                "eviction", "eviction_policy", per_tier("eviction_policy", config)[TierName.GPU]
+            ),
             clock,
             fingerprint=info.fingerprint,
             enable_prefix_caching=config.enable_prefix_caching,
             window=info.window,
+            tiers=tiers.specs if tiers is not None else (),
+            mover=self._mover,
+            slot_bytes=tiers.slot_bytes if tiers is not None else 1,
+            limits=tiers.limits if tiers is not None else None,
         )
+        if tiers is not None and tiers.stored:
+            recover(self.cache, tiers.stored)
         self.scheduler = Scheduler(
             self.cache,
-            _policy("order", "scheduling_policy", config.scheduling_policy),
-            _policy("victim", "preemption_victim", config.preemption_victim),
+            make_policy("order", "scheduling_policy", config.scheduling_policy),
+            scheduling_policies(config, self._cost),
             clock,
             self._metrics,
             max_num_seqs=config.max_num_seqs,
@@ -130,15 +172,36 @@ class EngineCore:
             raise
 
     def _step(self) -> list[SequenceOutput]:
+        self.cache.poll()
         plan = self.scheduler.plan()
+        self.cache.begin(plan.moves)
         outputs: list[SequenceOutput] = []
         if not plan.is_empty:
-            logits = self._executor.run(plan)
-            results = self._sampler.sample(logits, plan)
-            outputs = self.scheduler.commit(plan, results)
+            outputs = self._run(plan)
+        elif self.cache.has_moves and not self._outbox:
+            self.cache.wait(_WAIT_S)
         self._forget_finished()
         outputs, self._outbox = self._outbox + outputs, []
         return outputs
+
+    def _run(self, plan: Plan) -> list[SequenceOutput]:
+        start = self._clock.now()
+        logits = self._executor.run(plan)
+        results = self._sampler.sample(logits, plan)
+        chunks = [(row.start, row.num_tokens) for row in plan.rows if row.num_tokens > 1]
+        if chunks:
+            self._cost.note_step(chunks, self._clock.now() - start)
+        return self.scheduler.commit(plan, results)
+
+    @property
+    def has_background_work(self) -> bool:
+        """Moves or offers are left that `work_in_background` would advance."""
+        return self.cache.has_background_work
+
+    def work_in_background(self) -> None:
+        """Advance moves while there is no request; does not wait."""
+        self.cache.poll()
+        self.cache.begin(self.cache.take_moves())
 
     def _forget_finished(self) -> None:
         for seq in self.scheduler.take_finished():
@@ -230,12 +293,31 @@ class EngineCore:
     # ------------------------------------------------------------------ state
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached blocks; False, and nothing happens, while sequences hold blocks."""
-        return self.cache.reset()
+        """Forget all cached blocks in all tiers; False, and nothing happens, while sequences hold
+        blocks."""
+        if self.scheduler.holders:
+            return False
+        if self.cache.lower is not None:
+            self.cache.lower.clear_offers()
+        self._wait_for_moves(_FLUSH_S)
+        return forget_all(self.cache)
+
+    def flush(self, timeout_s: float) -> bool:
+        """Let everything that is on its way to a lower tier arrive; whether it did in time."""
+        return self._wait_for_moves(timeout_s)
+
+    def _wait_for_moves(self, timeout_s: float) -> bool:
+        end = time.monotonic() + timeout_s
+        while self.cache.has_background_work:
+            self.work_in_background()
+            if time.monotonic() > end:
+                return False
+            self.cache.wait(_WAIT_S)
+        return True
 
     def check(self) -> None:
         """Verify every conservation law; for tests and for idle moments."""
-        check_cache(self.cache, list(self.scheduler.running.values()))
+        check_cache(self.cache, self.scheduler.holders)
 
     def metrics(self) -> dict[str, Any]:
         """Counters since the start, and gauges of now, as a plain dict."""
@@ -245,18 +327,62 @@ class EngineCore:
             "waiting": len(self.scheduler.waiting),
             "gpu_blocks": cache.num_blocks,
             "gpu_blocks_free": cache.num_empty,
-            "gpu_blocks_cached": cache.num_evictable,
+            "gpu_blocks_cached": cache.evictors[TierName.GPU].num_evictable,
             "gpu_blocks_used": cache.num_blocks - cache.num_available,
-            "gpu_blocks_evicted": cache.num_evicted,
+            "gpu_blocks_evicted": cache.evictors[TierName.GPU].num_evicted,
         }
 
     def close(self) -> None:
-        """End all requests and let the model go."""
+        """End all requests, let what is on its way down arrive, and let the model go."""
         self.abort(list(self.scheduler.requests))
         self._outbox.clear()
+        if self._mover is not None:
+            self.flush(_FLUSH_S)
+            self._mover.close()
+            self._mover = None
 
 
-def _policy(kind: str, option: str, spec: str) -> Any:
+def scheduling_policies(config: EngineConfig, cost: MeasuredCost) -> SchedulingPolicies:
+    """What the options say about preempting, loading and prefetching."""
+    prefetch = config.prefetch_policy
+    return SchedulingPolicies(
+        victim=make_policy("victim", "preemption_victim", config.preemption_victim),
+        mode=make_policy("preemption", "preemption_mode", config.preemption_mode),
+        load=make_policy("load", "load_policy", config.load_policy),
+        cost=cost,
+        prefetch_depth=0 if prefetch == "none" else 16,
+        prefetches_swapped=prefetch == "lookahead",
+        time_slice=config.time_slice if config.oversubscribe else None,
+    )
+
+
+def lower_specs(config: EngineConfig, capacities: dict[TierName, int]) -> list[TierSpec]:
+    """The lower tiers, hot to cold, with the policies that the options name.
+
+    Args:
+        config: the options.
+        capacities: slots of each tier.
+    """
+    eviction, admission = per_tier("eviction_policy", config), per_tier("admission_policy", config)
+    rate = config.nvme_write_rate
+    return [
+        TierSpec(
+            name,
+            capacity,
+            make_policy("eviction", "eviction_policy", eviction[name]),
+            make_policy("admission", "admission_policy", admission[name]),
+            ByteRateLimit(int(rate), int(rate)) if rate and name is TierName.NVME else None,
+        )
+        for name, capacity in capacities.items()
+    ]
+
+
+def make_policy(kind: str, option: str, spec: str) -> Any:
+    """A policy by name.
+
+    Raises:
+        ConfigError: naming `option`.
+    """
     try:
         return registry.create(kind, spec)
     except ValueError as error:

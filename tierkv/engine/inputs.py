@@ -49,9 +49,10 @@ def parse_prompts(prompts: Prompt | Iterable[Prompt]) -> list[ParsedPrompt]:
     """One prompt or a list of them; a list of integers is one prompt."""
     if isinstance(prompts, (str, Mapping)):
         return [parse_prompt(prompts)]
-    if not isinstance(prompts, Iterable):
-        raise RequestError("prompts", prompts, f"must be {_PROMPT_FORMS}, or a list of these")
-    items: list[Any] = list(prompts)
+    given: Any = prompts
+    if not isinstance(given, Iterable) or isinstance(given, (bytes, bytearray)):
+        raise RequestError("prompts", given, f"must be {_PROMPT_FORMS}, or a list of these")
+    items: list[Any] = list(given)
     if items and all(isinstance(item, int) for item in items):
         return [parse_prompt(items)]
     return [parse_prompt(item) for item in items]
@@ -75,7 +76,10 @@ def _parse_mapping(prompt: Mapping[str, Any]) -> ParsedPrompt:
 
 def _token_ids(values: Any) -> list[int]:
     try:
-        return [operator.index(value) for value in values]
+        found = list(values)
+        if isinstance(values, (str, bytes, bytearray)) or bool in map(type, found):
+            raise TypeError
+        return [operator.index(value) for value in found]
     except TypeError:
         raise RequestError("prompt_token_ids", values, "must be a list of integers") from None
 
@@ -92,7 +96,32 @@ def parse_conversations(messages: Any) -> list[list[dict[str, Any]]]:
             if not isinstance(message, Mapping) or "role" not in message:
                 fix = 'must be {"role": ..., "content": ...}'
                 raise RequestError("messages", message, fix)
-    return [[dict(message) for message in conversation] for conversation in conversations]
+    return [[_plain_message(message) for message in each] for each in conversations]
+
+
+def _plain_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message whose content is text: parts become lines, as chat templates want them."""
+    content = message.get("content")
+    if not isinstance(content, (list, tuple)):
+        return dict(message)
+    return {**message, "content": join_text_parts(content, "messages")}
+
+
+def join_text_parts(parts: Iterable[Any], field: str) -> str:
+    """The text of OpenAI's content parts, one line for each.
+
+    Raises:
+        RequestError: a part is something else than text; names `field`.
+    """
+    texts = []
+    for part in parts:
+        text = part.get("text") if isinstance(part, Mapping) else part
+        kind = part.get("type") if isinstance(part, Mapping) else "text"
+        if kind != "text" or not isinstance(text, str):
+            fix = 'only parts {"type": "text", "text": "..."} are served'
+            raise RequestError(field, kind, fix)
+        texts.append(text)
+    return "\n".join(texts)
 
 
 def parse_params(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tierkv.types import BlockCopy
+from tierkv.types import BlockCopy, Move
 
 if TYPE_CHECKING:
     from tierkv.engine.request import Sequence
@@ -42,7 +42,8 @@ class PlanRow:
 
 @dataclass(slots=True)
 class Plan:
-    """One step. `copies` run before the forward; rows are packed in order into one batch.
+    """One step. `moves` start in the background; `copies` run before the forward; rows are packed
+    in order into one batch.
 
     `num_tokens` is the sum over rows. Logits come back as one `[sum(num_logit_rows), vocab]`
     tensor in row order.
@@ -50,6 +51,7 @@ class Plan:
 
     rows: list[PlanRow] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
     num_tokens: int = 0
 
     @property

@@ -24,6 +24,9 @@ class SeqState(enum.Enum):
     FINISHED = "finished"
 
 
+QUEUED = (SeqState.WAITING, SeqState.SWAPPING, SeqState.SWAPPED)
+"""States of a sequence in the waiting queue."""
+
 TRANSITIONS: dict[SeqState, frozenset[SeqState]] = {
     SeqState.WAITING: frozenset({SeqState.LOADING, SeqState.RUNNING, SeqState.FINISHED}),
     SeqState.LOADING: frozenset({SeqState.RUNNING, SeqState.WAITING, SeqState.FINISHED}),
@@ -117,7 +120,14 @@ class Sequence:
         block_keys: keys of the full blocks of `token_ids`, filled on demand.
         table_version: changes whenever an existing entry of `block_table` does (not on append).
         epoch: counts preemptions; a planned row of an older epoch is stale.
+        num_uncommitted: planned rows whose step has not been committed.
+        admitted_tokens: how long it was when it began to run; its time slice counts from there.
+        queued_s: when it took its place in the queue.
         waits_for: key of a block that another sequence was computing at the last look.
+        num_loading: blocks in the table that are still on their way into the pool.
+        load_from, load_tokens: once it has computed the blocks before `load_from`, it goes on after
+            `load_tokens` tokens, which are being loaded; 0 tokens when nothing is.
+        tail, tail_tokens: the partial block of a swapped sequence, and how many tokens it reaches.
         is_paused: a stepped sequence whose next token its caller has not chosen yet.
     """
 
@@ -141,7 +151,15 @@ class Sequence:
         "epoch",
         "is_paused",
         "waits_for",
+        "num_loading",
+        "load_from",
+        "load_tokens",
+        "tail",
+        "tail_tokens",
         "scheduled_order",
+        "num_uncommitted",
+        "admitted_tokens",
+        "queued_s",
     )
 
     def __init__(self, seq_id: int, request: Request, index: int, token_ids: list[int]) -> None:
@@ -164,7 +182,15 @@ class Sequence:
         self.epoch = 0
         self.is_paused = False
         self.waits_for: BlockKey | None = None
+        self.num_loading = 0
+        self.load_from = 0
+        self.load_tokens = 0
+        self.tail: Block | None = None
+        self.tail_tokens = 0
         self.scheduled_order = 0
+        self.num_uncommitted = 0
+        self.admitted_tokens = 0
+        self.queued_s = request.arrival_s
 
     @property
     def num_tokens(self) -> int:

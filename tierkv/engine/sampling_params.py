@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tierkv.errors import RequestError
 
 MAX_LOGPROBS = 1024
+_MAX_INTEGER = 2**63 - 1  # what a message to the engine process can carry
+_SWITCHES = (
+    "ignore_eos",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,10 +73,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             self.stop = [self.stop]
-        self.stop = list(self.stop or [])
-        self.stop_token_ids = list(self.stop_token_ids or [])
+        self.stop = _as_list("stop", self.stop)
+        self.stop_token_ids = _as_list("stop_token_ids", self.stop_token_ids)
         _check_integers(self)
         _check_floats(self)
+        _check_switches(self)
         _check_stops(self)
         _check_logit_bias(self)
 
@@ -95,10 +105,10 @@ class SamplingParams:
 
 def _check_integers(p: SamplingParams) -> None:
     _integer("n", p.n, 1, 1024)
-    _integer("top_k", p.top_k, -1, None)
-    _integer("min_tokens", p.min_tokens, 0, None)
+    _integer("top_k", p.top_k, -1, _MAX_INTEGER)
+    _integer("min_tokens", p.min_tokens, 0, _MAX_INTEGER)
     if p.max_tokens is not None:
-        _integer("max_tokens", p.max_tokens, 1, None)
+        _integer("max_tokens", p.max_tokens, 1, _MAX_INTEGER)
         if p.min_tokens > p.max_tokens:
             fix = f"must be at most max_tokens={p.max_tokens}"
             raise RequestError("min_tokens", p.min_tokens, fix)
@@ -106,7 +116,7 @@ def _check_integers(p: SamplingParams) -> None:
         if getattr(p, name) is not None:
             _integer(name, getattr(p, name), 0, MAX_LOGPROBS)
     if p.seed is not None:
-        _integer("seed", p.seed, -(2**63), 2**63 - 1)
+        _integer("seed", p.seed, -(2**63), _MAX_INTEGER)
 
 
 def _check_floats(p: SamplingParams) -> None:
@@ -122,12 +132,18 @@ def _check_floats(p: SamplingParams) -> None:
         raise RequestError("repetition_penalty", 0.0, "must be above 0; 1.0 means none")
 
 
+def _check_switches(p: SamplingParams) -> None:
+    for name in _SWITCHES:
+        if not isinstance(getattr(p, name), bool):
+            raise RequestError(name, getattr(p, name), "must be True or False")
+
+
 def _check_stops(p: SamplingParams) -> None:
     for text in p.stop:
         if not isinstance(text, str) or not text:
             raise RequestError("stop", text, "stop strings must be non-empty strings")
     for token_id in p.stop_token_ids:
-        _integer("stop_token_ids", token_id, 0, None)
+        _integer("stop_token_ids", token_id, 0, _MAX_INTEGER)
     if p.stop and not p.detokenize:
         raise RequestError("stop", p.stop, "stop strings need detokenize=True")
 
@@ -137,24 +153,36 @@ def _check_logit_bias(p: SamplingParams) -> None:
         return
     if not isinstance(p.logit_bias, dict):
         raise RequestError("logit_bias", p.logit_bias, "must map token ids to numbers")
+    given: dict[Any, Any] = p.logit_bias
     bias: dict[int, float] = {}
-    for token_id, value in p.logit_bias.items():
+    for token_id, value in given.items():
         try:
-            bias[int(token_id)] = float(value)
-        except (TypeError, ValueError):
+            token = int(token_id) if isinstance(token_id, str) else operator.index(token_id)
+            bias[token] = float(value)
+        except (TypeError, ValueError, OverflowError):
             fix = "must map token ids to numbers"
             raise RequestError("logit_bias", {token_id: value}, fix) from None
-        _integer("logit_bias", int(token_id), 0, None)
-        if math.isnan(bias[int(token_id)]):
+        _integer("logit_bias", token, 0, _MAX_INTEGER)
+        if math.isnan(bias[token]):
             raise RequestError("logit_bias", {token_id: value}, "must not be NaN")
     p.logit_bias = bias
 
 
-def _integer(name: str, value: object, low: int, high: int | None) -> None:
+def _as_list(name: str, value: Any) -> list[Any]:
+    """None and any collection as a list; a lone number is a mistake."""
+    if value is None:
+        return []
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(value)
+    raise RequestError(name, value, "must be a list")
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise RequestError(name, value, "must be an integer")
-    if value < low or (high is not None and value > high):
-        bound = f"at least {low}" if high is None else f"between {low} and {high}"
+    if not low <= value <= high:
+        is_open = high == _MAX_INTEGER and value < low
+        bound = f"at least {low}" if is_open else f"between {low} and {high}"
         raise RequestError(name, value, f"must be {bound}")
 
 

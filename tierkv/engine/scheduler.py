@@ -11,17 +11,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 
-from tierkv.cache.tiered_cache import CopyBatch, Lookup, Match, TieredCache
-from tierkv.engine.outputs import RequestMetrics, SequenceOutput
+from tierkv.cache.copies import CopyBatch
+from tierkv.cache.tiered_cache import Lookup, Match, TieredCache
+from tierkv.engine import results
+from tierkv.engine.loading import Loader
+from tierkv.engine.outputs import SequenceOutput
 from tierkv.engine.plan import Plan, PlanRow
+from tierkv.engine.preemption import Preemptor, SchedulingPolicies
 from tierkv.engine.request import Request, SeqState, Sequence
 from tierkv.engine.waiting import WaitingQueue
 from tierkv.errors import CapacityError, InvariantError, RequestError
 from tierkv.metrics import Metrics
 from tierkv.policies.order import OrderPolicy
-from tierkv.policies.victim import RunningView, VictimPolicy
 from tierkv.protocols import Clock
-from tierkv.types import FinishReason, PositionLogprobs, RowResult, SampledToken
+from tierkv.types import FinishReason, RowResult, SampledToken
 
 _WATERMARK = 0.01  # share of the pool left free when admitting beside running sequences
 
@@ -32,7 +35,7 @@ class Scheduler:
     Args:
         cache: owns blocks; the scheduler is its only user.
         order: admission order of waiting sequences.
-        victim: whom to preempt.
+        policies: whom to preempt and how, what to load and what to prefetch.
         clock: engine time.
         metrics: counters to keep.
         max_num_seqs: sequences running at once.
@@ -43,7 +46,7 @@ class Scheduler:
         self,
         cache: TieredCache,
         order: OrderPolicy,
-        victim: VictimPolicy,
+        policies: SchedulingPolicies,
         clock: Clock,
         metrics: Metrics,
         *,
@@ -55,9 +58,11 @@ class Scheduler:
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
         self.metrics = metrics
         self.running: dict[int, Sequence] = {}
+        self.loading: dict[int, Sequence] = {}
         self.waiting = WaitingQueue(order, lambda seq: cache.lookup(seq).num_tokens)
         self.requests: dict[str, Request] = {}
-        self._victim = victim
+        self._preemptor = Preemptor(cache, self.running, self.waiting, policies, clock, metrics)
+        self._loader = Loader(cache, policies, metrics)
         self._clock = clock
         self._seq_ids = itertools.count()
         self._admissions = itertools.count(1)
@@ -70,10 +75,17 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Something could be planned now or once another sequence moves on."""
-        return any(not seq.is_paused for seq in self.waiting) or any(
-            seq.num_to_compute or seq.num_inflight for seq in self.running.values()
+        """Something could be planned now or once another sequence or a move gets on."""
+        return (
+            bool(self.loading)
+            or any(not seq.is_paused for seq in self.waiting)
+            or any(seq.num_to_compute or seq.num_inflight for seq in self.running.values())
         )
+
+    @property
+    def holders(self) -> list[Sequence]:
+        """All sequences that hold blocks."""
+        return [*self.running.values(), *self.loading.values()]
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -116,13 +128,11 @@ class Scheduler:
 
     def finish_sequence(self, seq: Sequence, reason: FinishReason) -> None:
         """End one sequence and free what it holds."""
-        was_waiting = seq.state is SeqState.WAITING
         self.running.pop(seq.seq_id, None)
+        self.loading.pop(seq.seq_id, None)
         self.cache.release(seq)
         seq.finish_reason = reason
         seq.move_to(SeqState.FINISHED)
-        if was_waiting:
-            self.waiting.drop_departed()
         self._finished.append(seq)
         self.metrics.sequence_finished(reason)
         request = seq.request
@@ -139,7 +149,10 @@ class Scheduler:
     def plan(self) -> Plan:
         """Decide the next step; advances the counts of every sequence in it."""
         plan = Plan()
-        self._make_room()
+        self._preemptor.finish_swaps()
+        self._start_loaded()
+        self._preemptor.take_turns()
+        self._preemptor.make_room()
         prefills = self._plan_decodes(plan)
         for seq in prefills:
             self._plan_chunk(plan, seq)
@@ -147,49 +160,32 @@ class Scheduler:
         if plan.is_empty and not self._num_in_flight and self._is_stuck():
             raise InvariantError("sequences are runnable but none can be planned")
         self._num_in_flight += 0 if plan.is_empty else 1
-        batch = self.cache.take_copies()
+        batch = self.cache.copies.take()
         if batch.copies:
             if plan.is_empty:
                 raise InvariantError("blocks are to be copied by a step that will not run")
             plan.copies = batch.copies
             self._copies[id(plan)] = batch
+        plan.moves = self.cache.take_moves()
         return plan
 
     def _is_stuck(self) -> bool:
+        if self.cache.has_moves:
+            return False  # what waits for room or for blocks waits for a move
         return any(seq.num_to_compute for seq in self.running.values())
 
-    def _make_room(self) -> None:
-        """Preempt until every decoding sequence can get its block, and someone can progress."""
-        if self.cache.num_available >= len(self.running):
-            return  # a step asks for at most one block for each
-        while len(self.running) > 1:
-            need = can_progress = 0
-            for seq in self.running.values():
-                remaining = seq.num_to_compute
-                if remaining:
-                    blocks = self.cache.blocks_to_grow(seq, seq.num_computed + 1)
-                    need += blocks if remaining == 1 else 0
-                    can_progress += remaining == 1 or blocks <= self.cache.num_available
-            available = self.cache.num_available
-            if need <= available and (can_progress or not self._is_stuck()):
-                return
-            self._preempt(self._choose_victim())
+    def _start_loaded(self) -> None:
+        """LOADING -> RUNNING for sequences that wait for nothing any more."""
+        for seq in [seq for seq in self.loading.values() if not seq.num_loading]:
+            del self.loading[seq.seq_id]
+            self.cache.skip_loaded(seq)
+            self._start(seq)
 
-    def _choose_victim(self) -> Sequence:
-        """By policy, among all but the sequence admitted first."""
-        oldest = min(self.running.values(), key=lambda s: s.scheduled_order)
-        views = [_running_view(s) for s in self.running.values() if s is not oldest]
-        return self.running[self._victim.choose(views)]
-
-    def _preempt(self, seq: Sequence) -> None:
-        """Back to the queue; its full blocks stay in the cache as long as there is room."""
-        del self.running[seq.seq_id]
-        self.cache.release(seq)
-        seq.epoch += 1
-        seq.request.num_preemptions += 1
-        seq.move_to(SeqState.WAITING)
-        self.waiting.add(seq)
-        self.metrics.preemptions += 1
+    def _start(self, seq: Sequence) -> None:
+        seq.move_to(SeqState.RUNNING)
+        seq.scheduled_order = next(self._admissions)
+        seq.admitted_tokens = seq.num_tokens
+        self.running[seq.seq_id] = seq
 
     def _plan_decodes(self, plan: Plan) -> list[Sequence]:
         """A row for each sequence with one token to compute; returns those with more."""
@@ -199,7 +195,8 @@ class Scheduler:
             start = seq.num_computed
             remaining = seq.num_to_compute
             if remaining > 1:
-                prefills.append(seq)
+                if not seq.load_tokens or cache.skip_loaded(seq):
+                    prefills.append(seq)
             elif remaining == 1 and plan.num_tokens < self.max_num_batched_tokens:
                 need = cache.blocks_to_grow(seq, start + 1)
                 if need > cache.num_available:
@@ -212,8 +209,8 @@ class Scheduler:
     def _plan_chunk(self, plan: Plan, seq: Sequence) -> None:
         """As much of the prompt as budget and pool allow; maybe nothing."""
         budget = self.max_num_batched_tokens - plan.num_tokens
-        size = min(seq.num_tokens - seq.num_computed, budget)
-        size = self._fit_chunk(seq, size)
+        end = seq.num_tokens if not seq.load_tokens else seq.load_from * self.cache.block_size
+        size = self._fit_chunk(seq, min(end - seq.num_computed, budget))
         if size > 0:
             self.cache.grow(seq, seq.num_computed + size)
             self._add_row(plan, seq, size)
@@ -247,6 +244,7 @@ class Scheduler:
         plan.rows.append(PlanRow(seq, start, size, num_samples, num_logit_rows))
         plan.num_tokens += size
         seq.num_computed = start + size
+        seq.num_uncommitted += 1
 
     def _forks_next(self, seq: Sequence) -> bool:
         request = seq.request
@@ -260,7 +258,8 @@ class Scheduler:
 
     def _admit(self, plan: Plan) -> None:
         """Admit waiting sequences in order until one does not fit."""
-        if not self.waiting or len(self.running) >= self.max_num_seqs:
+        self.waiting.drop_departed()
+        if not self.waiting or len(self.running) + len(self.loading) >= self.max_num_seqs:
             return
         self.waiting.rank_again()
         slots = self.max_num_seqs - self._num_promised()
@@ -274,72 +273,86 @@ class Scheduler:
                 seq.waits_for = seq.block_keys[len(match.blocks)]
                 continue
             if not self._try_admit(seq, match):
+                self._preemptor.is_turn_wanted = True
                 break
             slots -= self._num_future(seq)
-            self._plan_chunk(plan, seq)
+            if seq.state is SeqState.RUNNING:
+                self._plan_chunk(plan, seq)
         self.waiting.drop_departed()
+        self._loader.prefetch(self.waiting, self._num_spare())
 
     def _is_admissible(self, seq: Sequence) -> bool:
         """Not undecided, and not waiting for a block that another is still computing."""
-        if seq.is_paused or seq.num_inflight:
+        if seq.is_paused or seq.num_inflight or seq.state is SeqState.SWAPPING:
             return False
         return seq.waits_for is None or not self.cache.is_computing(seq, seq.waits_for)
 
     def _num_promised(self) -> int:
         """Running sequences, counting parallel samples that are still to be forked."""
-        return sum(self._num_future(seq) for seq in self.running.values())
+        return sum(self._num_future(seq) for seq in self.holders)
 
     def _num_future(self, seq: Sequence) -> int:
         return seq.request.params.n if self._forks_next(seq) else 1
 
+    def _num_spare(self) -> int:
+        """Blocks that nobody who runs will ask for soon."""
+        if not self.running and not self.loading:
+            return self.cache.num_available
+        return self.cache.num_available - self._outstanding() - self._reserve
+
     def _try_admit(self, seq: Sequence, match: Match) -> bool:
         """Acquire the match if the whole sequence fits beside what running prompts still need."""
-        tokens = seq.num_tokens
-        spare = self.cache.num_available
-        if self.running:
-            spare -= self._outstanding() + self._reserve
-        chunk = self.max_num_batched_tokens
+        tokens, chunk, spare = seq.num_tokens, self.max_num_batched_tokens, self._num_spare()
+        match, num_head = self._loader.choose(seq, match)
         if self.cache.blocks_to_acquire(match, tokens, chunk) > spare:
-            match = Match(match.blocks, len(match.blocks) * self.cache.block_size)
+            if match.partial is None:
+                return False
+            match = Match(match.blocks, 0, len(match.blocks) * self.cache.block_size)
             if self.cache.blocks_to_acquire(match, tokens, chunk) > spare:
                 return False
-        self.cache.acquire(seq, match)
-        seq.move_to(SeqState.RUNNING)
-        seq.scheduled_order = next(self._admissions)
-        self.running[seq.seq_id] = seq
+        self.cache.acquire(seq, match, num_head)
         self._note_admission(seq, match)
+        if seq.num_loading and seq.num_computed >= seq.load_from * self.cache.block_size:
+            seq.move_to(SeqState.LOADING)
+            self.loading[seq.seq_id] = seq
+            return True
+        if seq.state is SeqState.SWAPPED:
+            seq.move_to(SeqState.LOADING)  # it found everything in the pool
+        self._start(seq)
         return True
 
     def _outstanding(self) -> int:
         """Blocks that running prompts will still ask for."""
         return sum(
             self.cache.blocks_to_grow(seq, seq.num_tokens)
-            for seq in self.running.values()
+            for seq in self.holders
             if seq.num_to_compute
         )
 
     def _note_admission(self, seq: Sequence, match: Match) -> None:
         request = seq.request
+        cached = max(match.num_tokens, len(match.blocks) * self.cache.block_size, seq.load_tokens)
         if request.first_scheduled_s is None:
             request.first_scheduled_s = self._clock.now()
-            request.num_cached_tokens = min(match.num_tokens, seq.num_prompt_tokens)
+            request.num_cached_tokens = min(cached, seq.num_prompt_tokens)
             self.metrics.queried_tokens += seq.num_prompt_tokens
             self.metrics.hit_tokens += request.num_cached_tokens
         else:
-            self.metrics.recomputed_tokens += seq.num_tokens - match.num_tokens
+            self.metrics.recomputed_tokens += seq.num_tokens - cached
 
     # ------------------------------------------------------------------ commit
 
-    def commit(self, plan: Plan, results: Iterable[RowResult]) -> list[SequenceOutput]:
+    def commit(self, plan: Plan, rows: Iterable[RowResult]) -> list[SequenceOutput]:
         """Take the step's tokens; returns news for every sequence that has any."""
         self._num_in_flight -= 1
         copies = self._copies.pop(id(plan), None)
         if copies is not None:
-            self.cache.finish_copies(copies)
+            self.cache.copies.finish(copies)
         outputs: list[SequenceOutput] = []
         block_size, window = self.cache.block_size, self.cache.window
-        for row, result in zip(plan.rows, results, strict=True):
+        for row, result in zip(plan.rows, rows, strict=True):
             seq = row.seq
+            seq.num_uncommitted -= 1
             if seq.state is SeqState.FINISHED:
                 continue
             end = row.start + row.num_tokens
@@ -359,10 +372,10 @@ class Scheduler:
 
     def _commit_row(self, seq: Sequence, row: PlanRow, result: RowResult) -> list[SequenceOutput]:
         if seq.request.is_stepped and result.samples:
-            return [_candidates(seq, result)]
-        prompt_logprobs = _fresh_prompt_logprobs(row, result)
+            return [results.candidates(seq, result)]
+        prompt_logprobs = results.fresh_prompt_logprobs(row, result)
         if not result.samples:
-            output = _news(seq, [])
+            output = results.news(seq, [])
             output.prompt_logprobs = prompt_logprobs
             return [output]
         computed = row.start + row.num_tokens if row.epoch == seq.epoch else 0
@@ -380,7 +393,7 @@ class Scheduler:
         token, request, token_ids = sample.token_id, seq.request, seq.token_ids
         token_ids.append(token)
         logprobs = [sample.logprobs] if sample.logprobs is not None else None
-        output = _news(seq, [token], logprobs)
+        output = results.news(seq, [token], logprobs)
         self.metrics.generated_tokens += 1
         generated = len(token_ids) - seq.num_prompt_tokens
         if request.first_token_s is None:
@@ -394,25 +407,11 @@ class Scheduler:
 
     def _finish_with(self, seq: Sequence, reason: FinishReason, output: SequenceOutput) -> None:
         self.finish_sequence(seq, reason)
-        output.finish_reason = reason
-        output.stop_reason = seq.stop_reason
-        output.metrics = self._request_metrics(seq.request)
+        results.final_news(output, seq, self._clock.now())
 
     def final_output(self, seq: Sequence) -> SequenceOutput:
         """The last word on a sequence that was ended from outside."""
-        output = _news(seq, [])
-        output.finish_reason, output.stop_reason = seq.finish_reason, seq.stop_reason
-        output.metrics = self._request_metrics(seq.request)
-        return output
-
-    def _request_metrics(self, request: Request) -> RequestMetrics:
-        return RequestMetrics(
-            request.arrival_s,
-            request.first_scheduled_s,
-            request.first_token_s,
-            self._clock.now(),
-            request.num_preemptions,
-        )
+        return results.final_news(results.news(seq, []), seq, self._clock.now())
 
     # ------------------------------------------------------------------ fork
 
@@ -423,9 +422,7 @@ class Scheduler:
         request.sequences.append(child)
         if num_computed and seq.state is SeqState.RUNNING:
             self.cache.fork(seq, child, num_computed)
-            child.move_to(SeqState.RUNNING)
-            child.scheduled_order = next(self._admissions)
-            self.running[child.seq_id] = child
+            self._start(child)
         else:
             self.waiting.add(child)
         return child
@@ -453,37 +450,3 @@ class Scheduler:
     def _require_paused(self, seq: Sequence) -> None:
         if not seq.is_paused or seq.state is SeqState.FINISHED:
             raise RequestError("seq_id", seq.seq_id, "is not waiting for its next token")
-
-
-def _running_view(seq: Sequence) -> RunningView:
-    request = seq.request
-    return RunningView(
-        seq.seq_id,
-        request.priority,
-        request.arrival_s,
-        seq.scheduled_order,
-        len(seq.block_table),
-        seq.num_tokens,
-    )
-
-
-def _news(
-    seq: Sequence, new_token_ids: list[int], logprobs: list[PositionLogprobs] | None = None
-) -> SequenceOutput:
-    output = SequenceOutput(seq.request.request_id, seq.seq_id, seq.index, new_token_ids, logprobs)
-    output.num_cached_tokens = seq.request.num_cached_tokens
-    return output
-
-
-def _fresh_prompt_logprobs(row: PlanRow, result: RowResult) -> list[PositionLogprobs]:
-    """What was not sent before; a preempted prompt is computed twice."""
-    request = row.seq.request
-    fresh = result.prompt_logprobs[max(0, request.num_prompt_logprobs - row.start) :]
-    request.num_prompt_logprobs += len(fresh)
-    return fresh
-
-
-def _candidates(seq: Sequence, result: RowResult) -> SequenceOutput:
-    output = _news(seq, [])
-    output.logprobs = [sample.logprobs for sample in result.samples if sample.logprobs is not None]
-    return output

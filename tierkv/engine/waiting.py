@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable, Iterator
 
-from tierkv.engine.request import SeqState, Sequence
+from tierkv.engine.request import QUEUED, Sequence
 from tierkv.policies.order import OrderPolicy, Rank, WaitingView
 
 _MAX_RANKED = 256  # more are not ranked anew each step: they keep the order of their arrival
@@ -14,7 +14,7 @@ _Item = tuple[Rank, int, Sequence]
 
 
 class WaitingQueue:
-    """Sequences in state WAITING, most urgent first.
+    """Sequences in a `QUEUED` state, most urgent first.
 
     Args:
         order: ranks them; once, or before each admission if it uses the cached prefix.
@@ -27,10 +27,13 @@ class WaitingQueue:
         self._items: list[_Item] = []
 
     def __len__(self) -> int:
-        return len(self._items)
+        return sum(1 for _ in self)
+
+    def __bool__(self) -> bool:
+        return any(True for _ in self)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return (item[2] for item in self._items)
+        return (item[2] for item in self._items if item[2].state in QUEUED)
 
     def add(self, seq: Sequence) -> None:
         insort(self._items, self._item(seq, 0), key=_rank)
@@ -42,14 +45,12 @@ class WaitingQueue:
             self._items = sorted(ranked, key=_rank)
 
     def drop_departed(self) -> None:
-        """Forget sequences that are not WAITING any more."""
-        self._items = [item for item in self._items if item[2].state is SeqState.WAITING]
+        """Forget sequences that do not wait any more."""
+        self._items = [item for item in self._items if item[2].state in QUEUED]
 
     def _item(self, seq: Sequence, num_matched: int) -> _Item:
         request = seq.request
-        view = WaitingView(
-            request.arrival_s, seq.seq_id, request.priority, seq.num_tokens, num_matched
-        )
+        view = WaitingView(seq.queued_s, seq.seq_id, request.priority, seq.num_tokens, num_matched)
         return self._order.rank(view), seq.seq_id, seq
 
 

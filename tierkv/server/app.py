@@ -206,7 +206,8 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 async def on_bug(request: Request, error: Exception) -> Response:
     """What nobody foresaw; the server logs the traceback after this."""
     body = error_body(f"internal error: {type(error).__name__}", "server_error", None, None)
-    return JSONResponse(body, 500)
+    # The connection ends with it; a client that was not told would send its next request there.
+    return JSONResponse(body, 500, headers={"Connection": "close"})
 
 
 async def on_client_gone(request: Request, error: Exception) -> Response:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from tierkv.engine.inputs import join_text_parts
 from tierkv.engine.sampling_params import SamplingParams
 from tierkv.errors import RequestError
 
@@ -29,6 +30,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
 }
 """Fields that are not served, with the values that ask for nothing."""
+
+EMPTY: tuple[Any, ...] = (None, [])
+"""Values of a message's other fields that say nothing."""
 
 NOT_SERVED = (
     *NEUTRAL,
@@ -68,6 +72,14 @@ SAMPLING_FIELDS = (
 """Fields that go to `SamplingParams` under their own name."""
 
 TEMPLATE_RESERVED = (
+    "self",
+    "messages",
+    "sampling_params",
+    "request_id",
+    "priority",
+    "cache_salt",
+    "delta",
+    "conversation",
     "chat_template",
     "tokenize",
     "tokenizer_kwargs",
@@ -79,10 +91,11 @@ TEMPLATE_RESERVED = (
     "return_assistant_tokens_mask",
     "return_dict",
     "return_tensors",
+    "sanitize_control_tokens",
     "tools",
     "truncation",
 )
-"""Arguments of `apply_chat_template` that a request may not set."""
+"""Arguments of `AsyncLLM.chat` and `apply_chat_template` that a request may not set."""
 
 
 class Model(BaseModel):
@@ -214,25 +227,27 @@ class Message(Model):
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def drop_what_says_nothing(cls, values: Any) -> Any:
+        """Leave out empty fields of an answer that a client sends back (`refusal: null`)."""
+        if not isinstance(values, dict):
+            return values
+        served = cls.model_fields
+        return {
+            name: value for name, value in values.items() if name in served or value not in EMPTY
+        }
+
     def as_template_input(self, place: str) -> dict[str, Any]:
         """The message as chat templates take it: text parts joined by newlines."""
         if self.content is None:
             raise RequestError(f"{place}.content", None, "must be text")
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if isinstance(self.content, list):
-            texts = [self._part_text(part, f"{place}.content") for part in self.content]
-            message["content"] = "\n".join(texts)
+            message["content"] = join_text_parts(self.content, f"{place}.content")
         if self.name is not None:
             message["name"] = self.name
         return message
-
-    @staticmethod
-    def _part_text(part: dict[str, Any], place: str) -> str:
-        text = part.get("text")
-        if part.get("type") != "text" or not isinstance(text, str):
-            fix = 'only parts {"type": "text", "text": "..."} are served'
-            raise RequestError(place, part.get("type"), fix)
-        return text
 
 
 class ChatBody(GenerationBody):

@@ -17,6 +17,8 @@ from tierkv.errors import ConfigError
 
 POLL_S = 0.2
 BACKLOG = 2048
+ABORT_S = 2
+"""Seconds that aborted requests get to send their last words before they are cut off."""
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -85,7 +87,8 @@ def serve(
     """Serve until SIGTERM, SIGINT or the end of the engine.
 
     Args:
-        shutdown_timeout: seconds that requests in flight get to finish.
+        shutdown_timeout: seconds that requests in flight get to finish; then they are aborted,
+            and answered with what they have.
         log_requests: a line for each request.
         on_ready: called once when connections are accepted.
 
@@ -98,19 +101,21 @@ def serve(
         access_log=log_requests,
         lifespan="off",
         backlog=BACKLOG,
-        timeout_graceful_shutdown=shutdown_timeout,
+        timeout_graceful_shutdown=shutdown_timeout + ABORT_S,
     )
+    server = uvicorn.Server(config)
     with signals_end_the_server_only():
-        return asyncio.run(_serve(uvicorn.Server(config), engine, listener, on_ready))
+        return asyncio.run(_serve(server, engine, listener, shutdown_timeout, on_ready))
 
 
 async def _serve(
     server: uvicorn.Server,
     engine: AsyncLLM,
     listener: socket.socket,
+    shutdown_timeout: int,
     on_ready: Callable[[], None],
 ) -> bool:
-    watcher = asyncio.create_task(_watch(server, engine, on_ready))
+    watcher = asyncio.create_task(_watch(server, engine, shutdown_timeout, on_ready))
     try:
         await server.serve(sockets=[listener])
     finally:
@@ -118,11 +123,15 @@ async def _serve(
     return not engine.is_dead
 
 
-async def _watch(server: uvicorn.Server, engine: AsyncLLM, on_ready: Callable[[], None]) -> None:
-    """Say when the server is ready; stop it when the engine is dead."""
+async def _watch(
+    server: uvicorn.Server, engine: AsyncLLM, shutdown_timeout: int, on_ready: Callable[[], None]
+) -> None:
+    """Say when the server is ready; stop it when the engine is dead; end what outlasts its end."""
     while not server.started:
         await asyncio.sleep(POLL_S / 10)
     on_ready()
-    while not engine.is_dead:
+    while not (engine.is_dead or server.should_exit):
         await asyncio.sleep(POLL_S)
     server.should_exit = True
+    await asyncio.sleep(shutdown_timeout)
+    engine.abort_all()

@@ -1,0 +1,263 @@
+"""The tiers below the pool: what goes down, when, and who leaves for it.
+
+Copies go down in the background: blocks are *offered* to the tier below when they become READY, are
+hit, or are about to be evicted, and the tier's admission policy says which it wants. `pump` begins
+as many of the wanted moves as the budgets allow. Nothing ever waits for a lower tier: what it
+does not take is dropped, and computed again when it is needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tierkv.cache.evictor import CPU, GPU, NVME, Evictor, Hinter
+from tierkv.cache.lookup import lower_tier
+from tierkv.cache.moves import Moves
+from tierkv.cache.prefix_tree import Block
+from tierkv.cache.residency import CopyState, Residency
+from tierkv.policies.admission import AdmissionPolicy, ByteRateLimit, When
+from tierkv.policies.base import AccessHint, EvictionPolicy, Why
+from tierkv.types import MovePriority, TierName
+
+_MOST_TRIES = 16  # victims looked at for one slot
+
+
+@dataclass(slots=True)
+class TierSpec:
+    """A lower tier.
+
+    Attributes:
+        name: CPU or NVME.
+        capacity: slots.
+        eviction, admission: its policies.
+        rate: bound on bytes written over time (flash wear), or None.
+    """
+
+    name: TierName
+    capacity: int
+    eviction: EvictionPolicy
+    admission: AdmissionPolicy
+    rate: ByteRateLimit | None = None
+
+
+@dataclass(slots=True)
+class MoveLimits:
+    """How much may move.
+
+    Attributes:
+        step_bytes: of write-backs begun in one step.
+        link_bytes: of write-backs and swaps in flight on one link.
+        load_timeout_s: after it a load is a miss.
+        room: share of the pool kept EMPTY or droppable by demoting ahead.
+    """
+
+    step_bytes: int = 64 << 20
+    link_bytes: int = 128 << 20
+    load_timeout_s: float = 10.0
+    room: float = 0.02
+
+
+class LowerTiers:
+    """Write-behind into the lower tiers, and room in them.
+
+    Args:
+        specs: the tiers from hot to cold.
+        residency, evictors, moves: of all tiers.
+        limits: see `MoveLimits`.
+        hint_of: for policies.
+        block_size: tokens per block.
+    """
+
+    def __init__(
+        self,
+        specs: Iterable[TierSpec],
+        residency: Residency,
+        evictors: dict[TierName, Evictor],
+        moves: Moves,
+        limits: MoveLimits,
+        hint_of: Hinter,
+        block_size: int,
+    ) -> None:
+        self.block_size = block_size
+        self.specs = {spec.name: spec for spec in specs}
+        self.limits = limits
+        self._residency = residency
+        self._evictors = evictors
+        self._moves = moves
+        self.hint_of = hint_of
+        names = [GPU, *self.specs]
+        self._below = dict(itertools.pairwise(names))
+        self._outbox: deque[tuple[Block, TierName]] = deque()
+        self._queued: set[tuple[bytes, TierName]] = set()
+
+    @property
+    def below_pool(self) -> TierName:
+        return self._below[GPU]
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._outbox)
+
+    # ------------------------------------------------------------------ offers
+
+    def offer(self, block: Block, tier: TierName, when: When, hint: AccessHint) -> None:
+        """Something happened to the block's copy in `tier`: the tier below may want it."""
+        below = self._below.get(tier)
+        if below is None or below in block.copies or (block.key, below) in self._queued:
+            return
+        if tier is GPU and NVME in block.copies and when is When.EVICTED:
+            return
+        if self.specs[below].admission.admits(block.key, when, hint):
+            self._outbox.append((block, below))
+            self._queued.add((block.key, below))
+
+    def leaving_pool(self, blocks: Iterable[Block]) -> None:
+        """These pool copies are about to be dropped: their use counts in the tier below."""
+        for block in blocks:
+            tier = lower_tier(block)
+            if tier is not None:
+                self._evictors[tier].touch(block, self.hint_of(block))
+
+    def clear_offers(self) -> None:
+        self._outbox.clear()
+        self._queued.clear()
+
+    # ------------------------------------------------------------------ begin moves down
+
+    def pump(self) -> None:
+        """Begin write-backs, as far as the budgets go."""
+        self._demote_ahead()
+        budget = self.limits.step_bytes
+        refused: set[tuple[bytes, TierName]] = set()
+        while self._outbox and budget > 0:
+            block, tier = self._outbox.popleft()
+            self._queued.discard((block.key, tier))
+            source = self._source_for(block, tier)
+            if source is None or tier in block.copies:
+                continue
+            if not self._moves.has_parent_below(block, tier):
+                self._offer_parent_first(block, tier, refused)
+            elif not self._has_budget(source, tier):
+                self._requeue(block, tier)
+                return
+            elif self.make_slot(tier, block) and self._may_write(tier):
+                self._moves.begin(block, source, tier, MovePriority.WRITE_BACK)
+                budget -= self._moves.slot_bytes
+            else:
+                refused.add((block.key, tier))
+
+    def _requeue(self, block: Block, tier: TierName) -> None:
+        self._outbox.appendleft((block, tier))
+        self._queued.add((block.key, tier))
+
+    def _offer_parent_first(
+        self, block: Block, tier: TierName, refused: set[tuple[bytes, TierName]]
+    ) -> None:
+        """Root first: a parent that was never taken goes before the block, or neither goes."""
+        parent = block.parent
+        if parent is None or (parent.key, tier) in refused or not self._source_for(parent, tier):
+            refused.add((block.key, tier))
+            return
+        refused.add((parent.key, tier))  # it has one try
+        self._requeue(block, tier)
+        self._requeue(parent, tier)
+
+    def _source_for(self, block: Block, tier: TierName) -> TierName | None:
+        """The nearest tier above `tier` whose copy can be read."""
+        if not block.in_tree:
+            return None
+        for source in (CPU, GPU) if tier is NVME else (GPU,):
+            copy = block.copies.get(source)
+            if copy is not None and copy.state is CopyState.READY:
+                return source
+        return None
+
+    def _has_budget(self, source: TierName, tier: TierName) -> bool:
+        return self._moves.in_flight_bytes[source, tier] < self.limits.link_bytes
+
+    def _may_write(self, tier: TierName) -> bool:
+        rate = self.specs[tier].rate
+        return rate is None or rate.take(self._moves.slot_bytes, self._moves.now())
+
+    def _demote_ahead(self) -> None:
+        """Blocks that would be lost with their pool copy go down before the room is needed."""
+        pool, below = self._residency.tiers[GPU], self.below_pool
+        wanted = int(pool.capacity * self.limits.room) - pool.num_empty
+        if wanted <= 0 or not self._has_budget(GPU, below):
+            return
+        for block in self._evictors[GPU].victims(min(wanted, _MOST_TRIES)):
+            if lower_tier(block) is None and below not in block.copies and _is_leaf(block):
+                self._drain(block, GPU, below)
+
+    def _drain(self, block: Block, source: TierName, tier: TierName) -> bool:
+        """Begin to demote; False when the tier below does not want it, or has no room."""
+        hint = self.hint_of(block)
+        if (
+            self.specs[tier].admission.admits(block.key, When.EVICTED, hint)
+            and self._moves.has_parent_below(block, tier)
+            and self._has_budget(source, tier)
+            and self.make_slot(tier, block)
+            and self._may_write(tier)
+        ):
+            self._moves.begin(block, source, tier, MovePriority.WRITE_BACK, is_drain=True)
+            return True
+        return False
+
+    # ------------------------------------------------------------------ room
+
+    def make_slot(self, tier: TierName, candidate: Block) -> bool:
+        """Have an EMPTY slot in a lower tier, dropping the least valuable copy if need be.
+
+        False when there is none now: everything is in use, the policy prefers what it has to the
+        candidate, or the victim is on its own way down first.
+        """
+        if self._residency.tiers[tier].num_empty:
+            return True
+        evictor, below = self._evictors[tier], self._below.get(tier)
+        for _ in range(_MOST_TRIES):
+            victims = evictor.victims(1, candidate.key)
+            if not victims:
+                return False
+            victim = victims[0]
+            if victim is candidate or victim is candidate.parent or evictor.is_missed(victim):
+                evictor.touch(victim, self.hint_of(victim))
+                continue
+            if below is not None and below not in victim.copies:
+                if self._drain(victim, tier, below):
+                    return False
+                if not self._has_budget(tier, below):
+                    return False  # others are on their way down; the next try finds their slots
+            evictor.drop(victim, Why.EVICTED)
+            return True
+        return False
+
+    # ------------------------------------------------------------------ promote, swap
+
+    def promote(self, block: Block) -> int:
+        """Begin to bring a block from NVMe to the CPU tier, if both exist; returns moves begun."""
+        copy = block.copies.get(NVME)
+        if CPU not in self.specs or CPU in block.copies or copy is None:
+            return 0
+        if copy.state is not CopyState.READY or not self.make_slot(CPU, block):
+            return 0
+        self._moves.begin(block, NVME, CPU, MovePriority.PREFETCH)
+        return 1
+
+    def push(self, blocks: Iterable[Block]) -> None:
+        """Blocks of a sequence that is swapped out: those without a lower copy go down now."""
+        tier = self.below_pool
+        for block in blocks:
+            if not block.in_tree or lower_tier(block) is not None or tier in block.copies:
+                continue
+            source = self._source_for(block, tier)
+            fits = self._moves.has_parent_below(block, tier) and self._has_budget(GPU, tier)
+            if source is GPU and fits and self.make_slot(tier, block):
+                self._moves.begin(block, GPU, tier, MovePriority.SWAP_OUT)
+
+
+def _is_leaf(block: Block) -> bool:
+    """No child is in the pool: one that was proposed before the block may have stayed."""
+    return not any(GPU in child.copies for child in block.children.values())

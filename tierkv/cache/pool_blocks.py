@@ -1,0 +1,103 @@
+"""Blocks in the GPU pool: slots for new ones, pins of those in use, eviction of the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tierkv.cache.evictor import GPU, Evictor
+from tierkv.cache.hashing import private_key
+from tierkv.cache.prefix_tree import Block
+from tierkv.cache.residency import CopyState, Residency
+from tierkv.cache.tails import Tails
+from tierkv.errors import InvariantError
+from tierkv.policies.base import AccessHint, Why
+
+
+class PoolBlocks:
+    """Holds and frees blocks of the pool.
+
+    Args:
+        residency, evictor: states of all tiers, and the pool's eviction policy.
+        tails: takes private blocks that a move still uses.
+        before_eviction: is told which copies are about to be dropped.
+    """
+
+    def __init__(
+        self,
+        residency: Residency,
+        evictor: Evictor,
+        tails: Tails,
+        before_eviction: Callable[[list[Block]], None],
+    ) -> None:
+        self._residency = residency
+        self._evictor = evictor
+        self._tails = tails
+        self._before_eviction = before_eviction
+        self._slots = residency.tiers[GPU]
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that could be allocated now: empty, or cached and evictable."""
+        return len(self._slots.empty_slots) + self._evictor.num_evictable
+
+    def new_block(self, depth: int) -> Block:
+        """A private block with a slot, pinned once. The caller has checked `num_available`."""
+        self.make_slot()
+        block = Block(private_key(), depth)
+        block.pins = 1
+        self._residency.begin_fill(block, GPU)
+        return block
+
+    def make_slot(self) -> None:
+        """Have at least one EMPTY slot."""
+        if not self._slots.empty_slots:
+            self.evict(1, Why.EVICTED)
+
+    def evict(self, n: int, why: Why) -> None:
+        """Drop the `n` cached copies that the policy values least."""
+        victims = self._evictor.victims(n)
+        if len(victims) < n:
+            raise InvariantError(f"{n} blocks to evict, the policy proposed {len(victims)}")
+        self._before_eviction(victims)
+        for block in victims:
+            self._evictor.drop(block, why)
+
+    def touch(self, block: Block, hint: AccessHint) -> None:
+        """The block will be used: it should not go first."""
+        self._evictor.touch(block, hint)
+
+    def pin(self, block: Block) -> None:
+        """One more holder."""
+        block.pins += 1
+        if block.pins == 1 and block.in_tree and GPU in block.copies:
+            self._evictor.refresh(block)
+
+    def unpin(self, block: Block, hint: AccessHint | None) -> None:
+        """One holder fewer; a private block without one is freed."""
+        if block.pins <= 0:
+            raise InvariantError(f"block {block.key.hex()} is unpinned too often")
+        block.pins -= 1
+        if not block.in_tree:
+            if not block.pins:
+                self._free_private(block)
+            return
+        if hint is not None:
+            self._evictor.touch(block, hint)
+        if not block.pins:
+            self._let_go(block)
+
+    def _let_go(self, block: Block) -> None:
+        copy = block.copies.get(GPU)
+        if copy is None:
+            self._evictor.prune(block)
+        elif copy.is_listed or copy.state is not CopyState.READY:
+            self._evictor.refresh(block)
+        elif not block.busy:
+            self._evictor.drop(block, Why.REMOVED)  # without its ancestors it is out of reach
+
+    def _free_private(self, block: Block) -> None:
+        copy = block.copies.get(GPU)
+        if len(block.copies) == 1 and copy is not None and not copy.readers:
+            self._residency.drop(block, GPU)
+        else:
+            self._tails.give_up(block)

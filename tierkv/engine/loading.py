@@ -1,0 +1,66 @@
+"""Getting blocks that lie in lower tiers into the pool: when a sequence is admitted, and before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+
+from tierkv.cache.lookup import Match, is_partly_loading, loads_by_tier
+from tierkv.cache.tiered_cache import TieredCache
+from tierkv.engine.preemption import SchedulingPolicies
+from tierkv.engine.request import SeqState, Sequence
+from tierkv.metrics import Metrics
+from tierkv.policies.load import LoadView
+
+
+class Loader:
+    """Chooses between loading and computing, and prefetches for the queue.
+
+    Args:
+        cache, policies, metrics: of the scheduler.
+    """
+
+    def __init__(self, cache: TieredCache, policies: SchedulingPolicies, metrics: Metrics) -> None:
+        self._cache = cache
+        self._policies = policies
+        self._metrics = metrics
+
+    def choose(self, seq: Sequence, match: Match) -> tuple[Match, int]:
+        """What of the match to acquire, and how many of its missing blocks to compute meanwhile."""
+        if not match.num_loads:
+            return match, 0
+        if seq.state is SeqState.SWAPPED or self._cache.window is not None:
+            return match, 0
+        head = self._policies.load.choose(self._view(match)).num_head
+        if head >= match.num_loads:
+            self._metrics.recomputes_chosen += 1
+            return self._cache.lookup(seq, use_lower=False), 0
+        self._metrics.loads_chosen += 1
+        return match, 0 if is_partly_loading(match) else head
+
+    def _view(self, match: Match) -> LoadView:
+        cost, block_size = self._policies.cost, self._cache.block_size
+        start = (len(match.blocks) - match.num_loads) * block_size
+        counts = loads_by_tier(match)
+        load_s = sum(cost.up_s(tier, count) for tier, count in counts.items())
+        latency = max((cost.up_s(tier, 0) for tier in counts), default=0.0)
+        return LoadView(
+            match.num_loads, load_s, cost.compute_s(start, match.num_loads * block_size), latency
+        )
+
+    def prefetch(self, waiting: Iterable[Sequence], num_spare: int) -> None:
+        """Promote blocks of the sequences that are next, before their turn."""
+        policies = self._policies
+        prefetcher = self._cache.prefetcher
+        if prefetcher is None or not policies.prefetch_depth:
+            return
+        budget = policies.prefetch_blocks
+        for seq in islice(waiting, policies.prefetch_depth):
+            if budget <= 0:
+                return
+            if seq.state is SeqState.SWAPPING or seq.is_paused:
+                continue
+            if seq.state is SeqState.SWAPPED and not policies.prefetches_swapped:
+                continue
+            begun, taken = prefetcher.promote(self._cache.lookup(seq), budget, num_spare)
+            budget, num_spare = budget - begun, num_spare - taken

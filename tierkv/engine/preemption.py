@@ -1,0 +1,167 @@
+"""Taking running sequences out: for room, or so that others have their turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tierkv.cache.tiered_cache import TieredCache
+from tierkv.engine.request import SeqState, Sequence
+from tierkv.engine.waiting import WaitingQueue
+from tierkv.metrics import Metrics
+from tierkv.policies.load import LoadPolicy
+from tierkv.policies.preemption import Mode, PreemptionPolicy, PreemptionView
+from tierkv.policies.victim import RunningView, VictimPolicy
+from tierkv.protocols import Clock, CostModel
+
+
+@dataclass(slots=True)
+class SchedulingPolicies:
+    """The scheduler's policies beside the order of admission.
+
+    Attributes:
+        victim: whom to preempt.
+        mode: how, where there is a tier to swap to.
+        load: what to do with a hit in a lower tier.
+        cost: what moves and computation are expected to take.
+        prefetch_depth: waiting sequences that are prefetched for; 0 for none.
+        prefetches_swapped: whether swapped ones are among them.
+        prefetch_blocks: begun in one step, at most.
+        time_slice: tokens after which a sequence makes room for one that has no place; None: never.
+    """
+
+    victim: VictimPolicy
+    mode: PreemptionPolicy
+    load: LoadPolicy
+    cost: CostModel
+    prefetch_depth: int = 16
+    prefetches_swapped: bool = True
+    prefetch_blocks: int = 256
+    time_slice: int | None = None
+
+
+class Preemptor:
+    """Chooses victims and the way they go; owns the step RUNNING -> (WAITING | SWAPPING).
+
+    Args:
+        cache, waiting: of the scheduler.
+        running: its running sequences by id; victims leave it.
+        policies, clock, metrics: of the scheduler.
+    """
+
+    def __init__(
+        self,
+        cache: TieredCache,
+        running: dict[int, Sequence],
+        waiting: WaitingQueue,
+        policies: SchedulingPolicies,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._cache = cache
+        self._running = running
+        self._waiting = waiting
+        self._policies = policies
+        self._clock = clock
+        self._metrics = metrics
+        self.is_turn_wanted = False
+        self._swapping: list[Sequence] = []
+
+    def make_room(self) -> None:
+        """Preempt until every decoding sequence can get its block, and someone can progress."""
+        if self._cache.num_available >= len(self._running):
+            return  # a step asks for at most one block for each
+        while len(self._running) > 1 and not self._has_room():
+            self.preempt(self._choose_victim())
+
+    def _has_room(self) -> bool:
+        """Now, or once the moves in flight have freed what they read."""
+        available = self._cache.num_available + self._cache.num_leaving
+        need = can_progress = is_stuck = 0
+        for seq in self._running.values():
+            remaining = seq.num_to_compute
+            if remaining:
+                blocks = self._cache.blocks_to_grow(seq, seq.num_computed + 1)
+                need += blocks if remaining == 1 else 0
+                can_progress += remaining == 1 or blocks <= available
+                is_stuck = 1
+        return need <= available and bool(can_progress or not is_stuck)
+
+    def take_turns(self) -> None:
+        """When someone was kept out for lack of room: whoever has had its time slice makes some.
+
+        Called before a step is planned, while no row of a victim can be part of one.
+        """
+        slice_, is_wanted, self.is_turn_wanted = (
+            self._policies.time_slice,
+            self.is_turn_wanted,
+            False,
+        )
+        if slice_ is None or not is_wanted or len(self._running) < 2:
+            return
+        had = [s for s in self._running.values() if not s.num_uncommitted and not s.load_tokens]
+        longest = max(had, key=lambda s: s.num_tokens - s.admitted_tokens, default=None)
+        if longest is not None and longest.num_tokens - longest.admitted_tokens >= slice_:
+            longest.queued_s = self._clock.now()  # behind those that wait already
+            self.preempt(longest, Mode.SWAP)
+
+    def preempt(self, seq: Sequence, mode: Mode | None = None) -> None:
+        """Back to the queue; its full blocks stay in the cache as long as there is room."""
+        if mode is None:
+            mode = self._choose_mode(seq)
+        del self._running[seq.seq_id]
+        if mode is Mode.SWAP:
+            self._cache.swap_out(seq)
+            seq.move_to(SeqState.SWAPPING)
+            self._swapping.append(seq)
+            self._metrics.swaps += 1
+        else:
+            self._cache.release(seq)
+            seq.move_to(SeqState.WAITING)
+        seq.epoch += 1
+        seq.request.num_preemptions += 1
+        self._waiting.add(seq)
+        self._metrics.preemptions += 1
+
+    def finish_swaps(self) -> None:
+        """SWAPPING -> SWAPPED for sequences whose tail has gone down."""
+        still = []
+        for seq in self._swapping:
+            if seq.state is SeqState.SWAPPING and self._is_under_way(seq):
+                still.append(seq)
+            elif seq.state is SeqState.SWAPPING:
+                seq.move_to(SeqState.SWAPPED)
+        self._swapping = still
+
+    def _is_under_way(self, seq: Sequence) -> bool:
+        return self._cache.swapper is not None and self._cache.swapper.is_under_way(seq)
+
+    def _choose_mode(self, seq: Sequence) -> Mode:
+        if self._cache.lower is None or seq.load_tokens or seq.num_uncommitted:
+            return Mode.RECOMPUTE
+        return self._policies.mode.choose(self._view(seq))
+
+    def _view(self, seq: Sequence) -> PreemptionView:
+        swapper, lower, cost = self._cache.swapper, self._cache.lower, self._policies.cost
+        assert swapper is not None and lower is not None
+        down, up = swapper.num_blocks(seq)
+        tier = lower.below_pool
+        swap_s = cost.down_s(tier, down) + cost.up_s(tier, up)
+        return PreemptionView(swap_s, cost.compute_s(0, seq.num_computed))
+
+    def _choose_victim(self) -> Sequence:
+        """By policy, among all but the sequence admitted first."""
+        oldest = min(self._running.values(), key=lambda s: s.scheduled_order)
+        views = [_running_view(s) for s in self._running.values() if s is not oldest]
+        return self._running[self._policies.victim.choose(views)]
+
+
+def _running_view(seq: Sequence) -> RunningView:
+    request = seq.request
+    return RunningView(
+        seq.seq_id,
+        request.priority,
+        request.arrival_s,
+        seq.scheduled_order,
+        len(seq.block_table),
+        seq.num_tokens,
+    )
