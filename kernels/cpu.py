@@ -53,6 +53,15 @@ def copy_blocks(pool: Tensor, src_ids: Tensor, dst_ids: Tensor, num_tokens: int)
     cpu_torch.copy_blocks(pool, src_ids, dst_ids, num_tokens)
 
 
+def copy_rows(source: Tensor, src_ids: Tensor, destination: Tensor, dst_ids: Tensor) -> None:
+    """See `ops.copy_rows`."""
+    lib = _library()
+    if lib is None:
+        cpu_torch.copy_rows(source, src_ids, destination, dst_ids)
+    else:
+        cpu_native.copy_rows(lib, source, src_ids, destination, dst_ids)
+
+
 def attention(
     q: Tensor,
     kv: Tensor,

@@ -86,6 +86,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     """Tell ctypes the argument types."""
     lib.tierkv_attention.argtypes = [POINTER(_Args)]
     lib.tierkv_write_kv.argtypes = [c_void_p] * 4 + [c_int64] * 6 + [c_void_p, c_int32]
+    lib.tierkv_copy_rows.argtypes = [c_void_p] * 4 + [c_int64] * 6
     lib.tierkv_rms_norm.argtypes = [c_void_p] * 3 + [c_int64] * 3 + [c_float] + [c_int32] * 3
     lib.tierkv_act_and_mul.argtypes = [c_void_p] * 2 + [c_int64] * 3 + [c_int32] * 3
     lib.tierkv_rotate.argtypes = [POINTER(_Rotary)]
@@ -122,6 +123,28 @@ def write_kv(lib: ctypes.CDLL, kv: Tensor, k: Tensor, v: Tensor, slot_mapping: T
     )
     if failed:
         raise ValueError(f"slot_mapping has a slot outside kv's {num_blocks} x {block_size}")
+
+
+def copy_rows(
+    lib: ctypes.CDLL, source: Tensor, src_ids: Tensor, destination: Tensor, dst_ids: Tensor
+) -> None:
+    """See `ops.copy_rows`."""
+    src_ids, dst_ids = src_ids.contiguous(), dst_ids.contiguous()
+    failed = lib.tierkv_copy_rows(
+        destination.data_ptr(),
+        source.data_ptr(),
+        dst_ids.data_ptr(),
+        src_ids.data_ptr(),
+        src_ids.numel(),
+        source.shape[1],
+        destination.stride(0),
+        source.stride(0),
+        destination.shape[0],
+        source.shape[0],
+    )
+    if failed:
+        rows = f"{source.shape[0]} rows of source, {destination.shape[0]} of destination"
+        raise IndexError(f"src_ids or dst_ids has an id outside the {rows}")
 
 
 def attention(

@@ -42,6 +42,11 @@ def copy_blocks(pool: Tensor, src_ids: Tensor, dst_ids: Tensor, num_tokens: int)
     pool.index_copy_(0, dst_ids, pool.index_select(0, src_ids))
 
 
+def copy_rows(source: Tensor, src_ids: Tensor, destination: Tensor, dst_ids: Tensor) -> None:
+    """See `ops.copy_rows`."""
+    destination.index_copy_(0, dst_ids, source.index_select(0, src_ids))
+
+
 def merge_attention(
     outs: Sequence[Tensor], lses: Sequence[Tensor], sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE_DIR = Path(__file__).resolve().parent / "native"
-_SOURCES = ("paged_attention.c", "row_ops.c")
+_SOURCES = ("paged_attention.c", "row_ops.c", "copies.c")
 COMPILE_TIMEOUT_S = 120.0
 _FLAGS = (
     "-O2",

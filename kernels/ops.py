@@ -72,6 +72,32 @@ def copy_blocks(pool: Tensor, src_ids: Tensor, dst_ids: Tensor, num_tokens: int)
     cpu.copy_blocks(pool, src_ids, dst_ids, num_tokens)
 
 
+def copy_rows(source: Tensor, src_ids: Tensor, destination: Tensor, dst_ids: Tensor) -> None:
+    """Row `dst_ids[i]` of `destination` becomes row `src_ids[i]` of `source`.
+
+    Any number of rows is one call that does not hold the interpreter lock. It runs in the calling
+    thread alone, and copies runs of neighbours (on both sides) at once where rows have no gaps.
+
+    Args:
+        source: uint8 `[num_rows, num_bytes]`; rows may have gaps, what is inside one is contiguous.
+        src_ids: int64 `[n]`.
+        destination: uint8, rows of the same size in other memory.
+        dst_ids: int64 `[n]`, distinct.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, stride or device.
+        IndexError: an id names no row.
+    """
+    _check_bytes(source, "source")
+    _check_bytes(destination, "destination")
+    if source.shape[1] != destination.shape[1]:
+        sizes = f"{destination.shape[1]} bytes, those of source {source.shape[1]}"
+        raise ValueError(f"destination has rows of {sizes}")
+    _check(src_ids, "src_ids", (src_ids.numel(),), torch.int64, source)
+    _check(dst_ids, "dst_ids", tuple(src_ids.shape), torch.int64, source)
+    cpu.copy_rows(source, src_ids, destination, dst_ids)
+
+
 def paged_attention(
     q: Tensor,
     kv: Tensor,
@@ -250,6 +276,16 @@ def _check_rows(x: Tensor) -> None:
         raise TypeError(f"x has dtype {x.dtype}, expected one of {_FLOATS}")
     if not x.dim() or not x.shape[-1]:
         raise ValueError(f"x must have rows that are not empty, got {_layout(x)}")
+
+
+def _check_bytes(x: Tensor, name: str) -> None:
+    """Raise unless x is a table of rows of bytes on a device that has an implementation."""
+    if not x.is_cpu:
+        raise ValueError(f"{name} is on {x.device}; there are kernels for cpu only")
+    if x.dtype is not torch.uint8:
+        raise TypeError(f"{name} has dtype {x.dtype}, expected {torch.uint8}")
+    if x.dim() != 2 or x.stride(1) != 1 or x.stride(0) < x.shape[1]:
+        raise ValueError(f"{name} must have rows of contiguous bytes, got {_layout(x)}")
 
 
 def _check_attention(

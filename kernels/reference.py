@@ -41,6 +41,17 @@ def copy_blocks(pool: Tensor, src_ids: Tensor, dst_ids: Tensor, num_tokens: int)
         pool[dst, :, :, :, :num_tokens] = pool[src, :, :, :, :num_tokens]
 
 
+def copy_rows(source: Tensor, src_ids: Tensor, destination: Tensor, dst_ids: Tensor) -> None:
+    """Row `dst_ids[i]` of `destination` becomes row `src_ids[i]` of `source`.
+
+    Args:
+        source, destination: uint8 `[num_rows, num_bytes]`, with different numbers of rows.
+        src_ids, dst_ids: int64 `[n]`; no destination occurs twice.
+    """
+    for src, dst in zip(src_ids.tolist(), dst_ids.tolist(), strict=True):
+        destination[dst] = source[src]
+
+
 def partial_attention(
     q: Tensor,
     kv: Tensor,
