@@ -25,8 +25,9 @@ export PYTHONSAFEPATH := 1
 serve: $(RUN_STAMP)
 	$(VENV)/bin/tierkv serve $(ARGS)
 
+# Two test files at a time, one thread each: threads of two processes on two cores wait for each other.
 test: $(DEV_STAMP)
-	$(PY) -m pytest -m "not full" $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not full" $(ARGS)
 
 test-full: $(DEV_STAMP)
 	$(PY) scripts/test_full.py $(ARGS)

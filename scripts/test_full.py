@@ -78,9 +78,11 @@ def summary(report: Path, seconds: float) -> str:
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *sys.argv[1:]]
+        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile"]
+        command += [f"--junitxml={report}", *sys.argv[1:]]
         start = time.monotonic()
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         if not report.exists():
             return code
         text = summary(report, time.monotonic() - start)

@@ -96,6 +96,20 @@ def test_block_size(tmp_path: Path) -> None:
     assert (tmp_path / "block_size.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_moves(tmp_path: Path) -> None:
+    result = run("moves", tmp_path, "--folder", str(tmp_path / "device"))
+    for kind, base in (("memory", "memcpy"), ("nvme", "fio")):
+        assert list(result[kind]) == [str(size << 10) for size in (32, 256, 1024, 4096)]
+        for entry in result[kind].values():
+            assert all(system["gb_per_s"] > 0 for system in entry["systems"].values())
+            for share in entry.get(f"share_of_{base}", {}).values():
+                assert share > 0
+    assert ("share_of_fio" in result["nvme"]["32768"]) == result["has_fio"]
+    assert all(len(rates) == 2 for rates in result["sweep_gb_per_s"].values())
+    assert (tmp_path / "moves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list((tmp_path / "device").iterdir())
+
+
 def test_occupancy_counts_shared_blocks_once() -> None:
     occupancy, config = import_module("common.occupancy"), import_module("tierkv")
     core = occupancy.engine_without_model(1024, 8, 256)
@@ -163,3 +177,19 @@ def test_results_name_no_path_of_this_machine(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["/somewhere/benchmarks/x.py", "--out", "/elsewhere/results"])
         assert machine.describe()["command"] == "python benchmarks/x.py --out results"
+
+
+def test_tier_ttft(tmp_path: Path) -> None:
+    result = run("tier_ttft", tmp_path)
+    for length, entry in result["lengths"].items():
+        assert entry["cold"]["cached_tokens"] == 0
+        for place in ("gpu", "cpu/load", "nvme/load", "restart"):
+            assert entry[place]["cached_tokens"] >= int(length) - 64, place
+        assert entry["cpu/recompute"]["cached_tokens"] == 0
+
+
+def test_oversubscribe(tmp_path: Path) -> None:
+    result = run("oversubscribe", tmp_path)
+    assert result["pool_blocks"] < result["working_set_blocks"]
+    computed = {name: v["computed_tokens"] for name, v in result["variants"].items()}
+    assert computed["unlimited pool"] <= computed["swap, lookahead"] <= computed["recompute"]
