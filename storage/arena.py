@@ -37,7 +37,7 @@ class HostArena:
             memory = mmap.mmap(-1, num_slots * self.stride)
         except (OSError, ValueError, OverflowError) as error:
             size = num_slots * self.stride
-            raise ConfigError("cpu_memory", size, f"cannot be allocated ({error})") from error
+            raise ConfigError("cpu_cache_size", size, f"cannot be allocated ({error})") from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self._view = memoryview(memory)

@@ -32,7 +32,7 @@ FILES = (MANIFEST_NAME, f"{MANIFEST_NAME}.tmp", DATA_NAME, *INDEX_FILES, LOCK_NA
 """Every name that a store may have in its directory."""
 
 PATH_OPTION = "nvme_path"
-CAPACITY_OPTION = "nvme_capacity"
+CAPACITY_OPTION = "nvme_cache_size"
 
 
 @dataclass(frozen=True, slots=True)

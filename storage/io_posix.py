@@ -80,11 +80,13 @@ class PosixIo:
 
     def _resize(self, num_bytes: int) -> bool:
         """Give the file its size; returns whether its blocks are allocated."""
+        before = os.fstat(self._fd).st_size
         os.ftruncate(self._fd, num_bytes)
         try:
             os.posix_fallocate(self._fd, 0, num_bytes)
         except OSError as error:
             if error.errno not in _NOT_OFFERED:
+                os.ftruncate(self._fd, min(before, num_bytes))  # or what it got fills the disk
                 raise
             return False
         return True

@@ -99,8 +99,10 @@ class NvmeStore:
         """
         try:
             return cls(directory, now)
-        except OSError as error:
+        except BaseException as error:
             directory.close()
+            if not isinstance(error, OSError):
+                raise
             manifest = directory.manifest
             spec = StoreSpec(manifest.fingerprint, manifest.payload_bytes, manifest.capacity)
             raise refusal(directory.path, spec, error) from error

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_kv_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Servers started by tests keep their blocks out of the user's cache."""
+    folder = tmp_path_factory.mktemp("kv")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIERKV_KV_DIR", str(folder))
+        yield
+    shutil.rmtree(folder)  # gigabytes, by default
 
 
 @pytest.fixture(scope="session")

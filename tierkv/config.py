@@ -87,7 +87,9 @@ class EngineConfig:
     )
 
     offload: str | None = option(
-        None, "tiers below the pool: cpu,nvme or with sizes cpu=16GiB,nvme=200GiB:/path; none"
+        None,
+        "tiers below the pool: cpu,nvme or with sizes cpu=16GiB,nvme=200GiB:/path; auto: both, as"
+        " far as they can be had (serve's default)",
     )
     cpu_cache_size: int | str | None = option(None, "bytes of the CPU tier, e.g. 16GiB")
     nvme_cache_size: int | str | None = option(None, "bytes of the NVMe tier, e.g. 200GiB")
@@ -136,7 +138,7 @@ class EngineConfig:
                 setattr(self, name, parse_bytes(getattr(self, name), name))
         if self.nvme_path is not None:
             self.nvme_path = self._path("nvme_path", self.nvme_path)
-        if self.offload is not None and not self.enable_prefix_caching:
+        if self.offload not in (None, "auto") and not self.enable_prefix_caching:
             fix = "lower tiers keep what prefix caching finds: leave enable_prefix_caching on"
             raise ConfigError("offload", self.offload, fix)
         if self.oversubscribe and self.offload is None:

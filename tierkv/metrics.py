@@ -17,7 +17,8 @@ class Metrics:
         computed_tokens: tokens whose KV was computed, prompts and decode together.
         generated_tokens: tokens sampled.
         queried_tokens: prompt tokens of requests at their first admission.
-        hit_tokens: of those, tokens reused from the GPU pool.
+        hit_tokens: of those, tokens reused from any tier.
+        hit_tokens_cpu, hit_tokens_nvme: of those, tokens that had to be loaded from that tier.
         recomputed_tokens: tokens computed anew because a preemption dropped them.
         preemptions: times a running sequence was stopped for room, or for others' turn.
         swaps: of those, by swap.
@@ -30,6 +31,8 @@ class Metrics:
     generated_tokens: int = 0
     queried_tokens: int = 0
     hit_tokens: int = 0
+    hit_tokens_cpu: int = 0
+    hit_tokens_nvme: int = 0
     recomputed_tokens: int = 0
     preemptions: int = 0
     swaps: int = 0
@@ -52,6 +55,8 @@ class Metrics:
                 "generated_tokens",
                 "queried_tokens",
                 "hit_tokens",
+                "hit_tokens_cpu",
+                "hit_tokens_nvme",
                 "recomputed_tokens",
                 "preemptions",
                 "swaps",

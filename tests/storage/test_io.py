@@ -83,7 +83,7 @@ def test_the_arena_is_one_aligned_range() -> None:
 
 
 def test_an_arena_that_is_too_large_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cpu_memory="):
+    with pytest.raises(ConfigError, match="cpu_cache_size="):
         HostArena(1 << 40, 1 << 20)
 
 
@@ -176,7 +176,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_too_small_is_refused_with_the_numbers(small_disk: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nvme_capacity=\d+: .* has room for \d+ bytes more"):
+    with pytest.raises(ConfigError, match=r"nvme_cache_size=\d+: .* has room for \d+ bytes more"):
         open_nvme(small_disk / "store", capacity=1000)
 
 

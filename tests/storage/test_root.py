@@ -84,7 +84,7 @@ def test_what_is_in_use_is_left_alone(tmp_path: Path) -> None:
     busy.write([write_of(0, 0)])
     other = open_it(tmp_path, "other")  # takes what is left
     assert other.capacity < busy.capacity
-    with pytest.raises(ConfigError, match=r"nvme_capacity=.* beside stores in use"):
+    with pytest.raises(ConfigError, match=r"nvme_cache_size=.* beside stores in use"):
         open_it(tmp_path, "third")
     assert read_back(busy, 0, 0)[0] == DONE
     assert du(tmp_path) <= CAPACITY_BYTES
@@ -93,7 +93,7 @@ def test_what_is_in_use_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_capacity_too_small_for_a_block_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nvme_capacity=1000: leaves 1000 bytes"):
+    with pytest.raises(ConfigError, match="nvme_cache_size=1000: leaves 1000 bytes"):
         root.open_store(tmp_path, "m", PAYLOAD_BYTES, 1000)
 
 

@@ -162,6 +162,7 @@ def _lower_tiers(
         limits=limits or MoveLimits(load_timeout_s=config.load_timeout),
         cost=MeasuredCost(1),
         stored=[],
+        close=lambda: None,
     )
 
 

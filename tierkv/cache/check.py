@@ -108,7 +108,7 @@ def _check_tree(cache: TieredCache) -> None:
 
 def _check_reachable(cache: TieredCache, block: Block, parent: Block) -> None:
     """A block with a copy has a parent with one; lower tiers are closed from the root on."""
-    if cache.moves is not None and cache.moves.num_lost:
+    if cache.moves is not None and (cache.moves.num_lost or cache.tree.num_joined):
         return  # a lower tier lost bytes: what came after them waits to be reached again
     held = {tier for tier, copy in block.copies.items() if copy.state is not CopyState.FILLING}
     _require(not held or bool(parent.copies), "a block is unreachable")

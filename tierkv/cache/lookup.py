@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from tierkv.cache.evictor import CPU, GPU, NVME
@@ -67,11 +68,6 @@ def lower_tier(block: Block) -> TierName | None:
     return None
 
 
-def can_load(block: Block) -> bool:
-    """Whether the block is on its way into the pool, or could be."""
-    return GPU in block.copies or lower_tier(block) is not None
-
-
 def is_partly_loading(match: Match) -> bool:
     """Whether some of the match is on its way into the pool already."""
     copies = [block.copies.get(GPU) for block in match.blocks if block is not None]
@@ -91,12 +87,16 @@ class Walker:
         tree: where blocks are.
         block_size: tokens per block.
         window: see `TieredCache`.
+
+    Attributes:
+        stalled: tiers that do not answer now; kept up to date by whoever knows.
     """
 
     def __init__(self, tree: PrefixTree, block_size: int, window: int | None) -> None:
         self._tree = tree
         self._block_size = block_size
         self._window = window
+        self.stalled: Container[TierName] = ()
 
     def walk(self, seq: BlockHolder, *, use_lower: bool = True) -> Match:
         """The full blocks; at least the sequence's last token is left to compute.
@@ -114,19 +114,27 @@ class Walker:
             if block is None:
                 break
             if match.num_loads or not is_in_pool(block):
-                if not use_lower or not can_load(block):
+                if not use_lower or not self._can_load(block):
                     break
                 match.num_loads += 1
             match.blocks.append(block)
         match.num_tokens = (len(match.blocks) - match.num_loads) * self._block_size
         return match
 
+    def _can_load(self, block: Block) -> bool:
+        """Whether the block is on its way into the pool, or could be."""
+        if GPU in block.copies:
+            return True
+        tier = lower_tier(block)
+        return tier is not None and tier not in self.stalled
+
     def _walk_windowed(self, seq: BlockHolder, limit: int, *, use_lower: bool) -> Match:
         known = [self._tree.get(key) for key in seq.block_keys[:limit]]
         pooled = [b if b is not None and is_in_pool(b) else None for b in known]
         match = self._longest(pooled)
         if use_lower:
-            longer = self._longest([b if b is not None and can_load(b) else None for b in known])
+            usable = [b if b is not None and self._can_load(b) else None for b in known]
+            longer = self._longest(usable)
             if len(longer.blocks) > len(match.blocks):
                 longer.num_tokens = match.num_tokens
                 longer.num_loads = sum(b is not None and not is_in_pool(b) for b in longer.blocks)

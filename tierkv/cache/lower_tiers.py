@@ -23,6 +23,7 @@ from tierkv.policies.base import AccessHint, EvictionPolicy, Why
 from tierkv.types import MovePriority, TierName
 
 _MOST_TRIES = 16  # victims looked at for one slot
+_MOST_OFFERS = 1 << 16  # waiting; when a tier is that far behind, what comes is dropped
 
 
 @dataclass(slots=True)
@@ -109,6 +110,8 @@ class LowerTiers:
         if below is None or below in block.copies or (block.key, below) in self._queued:
             return
         if tier is GPU and NVME in block.copies and when is When.EVICTED:
+            return
+        if len(self._outbox) >= _MOST_OFFERS:
             return
         if self.specs[below].admission.admits(block.key, when, hint):
             self._outbox.append((block, below))

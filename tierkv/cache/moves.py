@@ -84,6 +84,12 @@ class Moves:
         hint_of: for policies that are told of a new copy.
         slot_bytes: bytes of a block.
         is_chained: blocks enter a lower tier with or after their parent.
+
+    Attributes:
+        tickets: by number.
+        loads: those into the pool that are not late, by block.
+        stalled: how many late loads each tier still has to end; such a tier gives no hits, or every
+            request would wait for a disk that has stopped to answer.
     """
 
     def __init__(
@@ -101,6 +107,7 @@ class Moves:
         self.loads: dict[BlockKey, Ticket] = {}
         self.in_flight_bytes: Counter[Link] = Counter()
         self.stats: dict[Link, LinkStats] = {}
+        self.stalled: Counter[TierName] = Counter()
         self.num_lost = 0
         self.num_rescued = 0
         self.slot_bytes = slot_bytes
@@ -191,6 +198,7 @@ class Moves:
         block, destination = ticket.block, ticket.move.destination
         arrived = result.failure is None and not ticket.is_late
         if ticket.is_late:
+            self.stalled -= Counter([ticket.move.source])
             self._residency.free(ticket.copy, destination)
         elif arrived and self._may_enter(block, destination):
             self._residency.commit_fill(block, destination)
@@ -247,6 +255,7 @@ class Moves:
             del self.loads[ticket.block.key]
             self._residency.detach(ticket.block, GPU)
             ticket.is_late = True
+            self.stalled[ticket.move.source] += 1
             self._stats(ticket.link).failures[MoveFailure.LATE] += 1
         return [Ended(ticket, False) for ticket in late]
 

@@ -81,10 +81,14 @@ class PrefixTree:
     Args:
         fingerprint: of the model; part of every key.
         block_size: tokens per block.
+
+    Attributes:
+        num_joined: blocks recovered without their parent that it has joined since.
     """
 
     def __init__(self, fingerprint: bytes, block_size: int) -> None:
         self.block_size = block_size
+        self.num_joined = 0
         self._fingerprint = fingerprint
         self._index: dict[BlockKey, Block] = {}
         self._roots: dict[BlockKey, Block] = {}
@@ -157,6 +161,7 @@ class PrefixTree:
 
     def _join(self, stray: Block, block: Block) -> None:
         """Blocks that were recovered without their parent have found it."""
+        self.num_joined += len(stray.children)
         block.children |= stray.children
         block.sorted_children = None
         pending = [(block, child) for child in stray.children.values()]

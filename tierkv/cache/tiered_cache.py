@@ -116,6 +116,7 @@ class TieredCache:
             slot_bytes=slot_bytes,
             is_chained=self.window is None,
         )
+        self._walker.stalled = self.moves.stalled
         self.lower = LowerTiers(
             tiers, self.residency, self.evictors, self.moves, limits, self.hint_of, self.block_size
         )

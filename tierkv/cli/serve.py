@@ -79,8 +79,25 @@ def make_parser() -> Parser:
     parser.add_argument("MODEL", nargs="?", help="same as --model")
     add_config_flag(parser)
     add_flags(parser.add_argument_group("server"), ServeOptions)
-    add_flags(parser.add_argument_group("engine"), EngineConfig)
+    engine = parser.add_argument_group("engine")
+    add_flags(engine, EngineConfig)
+    add_tier_flags(engine)
     return parser
+
+
+def add_tier_flags(engine: Any) -> None:
+    """Other ways to say `--offload`, which is `auto` here: serving keeps what it computed.
+
+    `--kv-offload` because vLLM's `--offload-*` flags are about weights.
+    """
+    engine.add_argument(
+        "--kv-offload",
+        dest="offload",
+        metavar="TEXT",
+        default=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
+    engine.add_argument("--no-offload", action="store_true", help="serve from the pool alone")
 
 
 def settings(options: ServeOptions, config: EngineConfig) -> AppSettings:
@@ -100,6 +117,10 @@ def run(namespace: argparse.Namespace) -> int:
     values: dict[str, Any] = read_options(namespace, ServeOptions, EngineConfig)
     take_model(namespace, values)
     of_server, of_engine = split_options(values, ServeOptions)
+    if namespace.no_offload:
+        of_engine["offload"] = None
+    else:
+        of_engine.setdefault("offload", "auto")
     options, config = ServeOptions(**of_server), EngineConfig(**of_engine)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     try:

@@ -8,8 +8,10 @@ import logging
 from tierkv.cache.layout import KVLayout
 from tierkv.cache.pools import GpuPool, num_pool_blocks
 from tierkv.config import EngineConfig
+from tierkv.engine.calibrate import measure_compute
 from tierkv.engine.core import EngineCore, EngineInfo, MonotonicClock
 from tierkv.engine.sampler import TorchSampler
+from tierkv.engine.tiers import open_tiers, parse_offload
 from tierkv.errors import ConfigError
 from tierkv.kernels.ops import get_backend
 from tierkv.model.loaded import LoadedModel, dtype_name
@@ -26,6 +28,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
         ConfigError: an option that cannot be met, with the numbers.
         UnsupportedModelError: a model that cannot be served exactly.
     """
+    parse_offload(config)  # a wrong option shows before the model is loaded
     loaded = load_model(config)
     layout = loaded.layout(config.block_size)
     num_blocks = num_pool_blocks(config, layout, loaded.device)
@@ -48,7 +51,16 @@ def build_engine(config: EngineConfig) -> EngineCore:
     logger.debug("attention kernels: %s", get_backend())  # compiled now, not in the first request
     _log_start(info, layout)
     runner = ModelRunner(loaded, pool)
-    return EngineCore(config, info, runner, TorchSampler(config.seed), MonotonicClock())
+    tiers = None
+    if config.offload is not None:
+        cost = measure_compute(loaded, layout)
+        tiers = open_tiers(config, layout, loaded.fingerprint, pool, cost)
+    try:
+        return EngineCore(config, info, runner, TorchSampler(config.seed), MonotonicClock(), tiers)
+    except BaseException:
+        if tiers is not None:
+            tiers.close()
+        raise
 
 
 def _max_model_len(

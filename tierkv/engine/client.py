@@ -25,7 +25,7 @@ from tierkv.errors import EngineDeadError
 
 _MAX_SOCKET_PATH = 100  # the kernel's limit is 107 bytes
 _LAST_WORDS_MS = 200  # how long to wait for messages of an engine that has ended
-_EXIT_S = 10.0
+_EXIT_S = 20.0  # an engine's close takes up to 15
 # The child sees the same modules as its parent, wherever it was started from; a plain new
 # interpreter needs no `if __name__ == "__main__"` in the user's program.
 _PROGRAM = (

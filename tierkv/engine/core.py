@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +20,7 @@ from tierkv.engine.preemption import SchedulingPolicies
 from tierkv.engine.request import Request, SeqState, Sequence
 from tierkv.engine.sampling_params import SamplingParams
 from tierkv.engine.scheduler import Scheduler
+from tierkv.engine.tier_metrics import tier_metrics
 from tierkv.errors import ConfigError, EngineDeadError, RequestError
 from tierkv.metrics import Metrics
 from tierkv.policies import registry
@@ -27,7 +30,8 @@ from tierkv.storage.base import StoredBlock
 from tierkv.types import FinishReason, TierName
 
 _WAIT_S = 0.005  # for a move, when there is nothing to compute
-_FLUSH_S = 30.0
+_RESET_S = 30.0
+_CLOSE_S = 5.0  # what has not gone down by then is not kept
 
 
 @dataclass(slots=True)
@@ -68,7 +72,9 @@ class LowerTierSetup:
         mover: moves blocks between all of them.
         slot_bytes: bytes of a block.
         limits: how much may move.
-        stored: what a persistent tier brought back, as `TieredCache.recover` takes it.
+        cost: what computing and moving take.
+        stored: what a persistent tier brought back.
+        close: lets go of all of them, when nothing moves any more.
     """
 
     specs: list[TierSpec]
@@ -77,6 +83,7 @@ class LowerTierSetup:
     limits: MoveLimits
     cost: MeasuredCost
     stored: list[StoredBlock]
+    close: Callable[[], None]
 
 
 class MonotonicClock:
@@ -111,7 +118,8 @@ class EngineCore:
         self.info = info
         self._executor, self._sampler, self._clock = executor, sampler, clock
         self._metrics = Metrics()
-        self._mover = tiers.mover if tiers is not None else None
+        # Also when nobody calls `close`: threads and files would outlive the engine.
+        self._close_tiers = weakref.finalize(self, tiers.close if tiers is not None else _nothing)
         self._cost = tiers.cost if tiers is not None else MeasuredCost(1)
         self.cache = TieredCache(
             info.num_gpu_blocks,
@@ -124,7 +132,7 @@ class EngineCore:
             enable_prefix_caching=config.enable_prefix_caching,
             window=info.window,
             tiers=tiers.specs if tiers is not None else (),
-            mover=self._mover,
+            mover=tiers.mover if tiers is not None else None,
             slot_bytes=tiers.slot_bytes if tiers is not None else 1,
             limits=tiers.limits if tiers is not None else None,
         )
@@ -173,6 +181,8 @@ class EngineCore:
 
     def _step(self) -> list[SequenceOutput]:
         self.cache.poll()
+        if self.cache.moves is not None:
+            self._cost.note_moves(self.cache.moves.stats)
         plan = self.scheduler.plan()
         self.cache.begin(plan.moves)
         outputs: list[SequenceOutput] = []
@@ -299,7 +309,7 @@ class EngineCore:
             return False
         if self.cache.lower is not None:
             self.cache.lower.clear_offers()
-        self._wait_for_moves(_FLUSH_S)
+        self._wait_for_moves(_RESET_S)
         return forget_all(self.cache)
 
     def flush(self, timeout_s: float) -> bool:
@@ -330,16 +340,22 @@ class EngineCore:
             "gpu_blocks_cached": cache.evictors[TierName.GPU].num_evictable,
             "gpu_blocks_used": cache.num_blocks - cache.num_available,
             "gpu_blocks_evicted": cache.evictors[TierName.GPU].num_evicted,
+            **tier_metrics(cache),
         }
 
     def close(self) -> None:
         """End all requests, let what is on its way down arrive, and let the model go."""
-        self.abort(list(self.scheduler.requests))
-        self._outbox.clear()
-        if self._mover is not None:
-            self.flush(_FLUSH_S)
-            self._mover.close()
-            self._mover = None
+        try:
+            self.abort(list(self.scheduler.requests))
+            self._outbox.clear()
+            if self._failure is None and self._close_tiers.alive:
+                self.flush(_CLOSE_S)
+        finally:
+            self._close_tiers()
+
+
+def _nothing() -> None:
+    """To close, where there is one tier."""
 
 
 def scheduling_policies(config: EngineConfig, cost: MeasuredCost) -> SchedulingPolicies:

@@ -9,9 +9,13 @@ mean, so that a slow disk or a busy machine shows within some steps.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from tierkv.cache.moves import Link, LinkStats
 from tierkv.types import TierName
 
 _WEIGHT = 0.2  # of a new measurement
+_LEAST_BYTES = 1 << 20  # fewer say little about a rate
 _LEAST_TOKENS = 16  # a smaller chunk's time is mostly the step's own
 
 
@@ -46,6 +50,7 @@ class MeasuredCost:
             (TierName.NVME, False): 1e9,
             **(rates or {}),
         }
+        self._seen: dict[Link, tuple[int, float]] = {}
 
     def compute_s(self, start: int, num_tokens: int) -> float:
         mean = start + num_tokens / 2
@@ -66,8 +71,14 @@ class MeasuredCost:
         self.per_token_s *= factor
         self.per_pair_s *= factor
 
-    def note_moves(self, tier: TierName, *, is_up: bool, num_bytes: int, seconds: float) -> None:
-        """Moves of `num_bytes` between the pool and `tier` took `seconds` of copying."""
-        if num_bytes and seconds > 0:
-            old = self.rates[tier, is_up]
-            self.rates[tier, is_up] = old + _WEIGHT * (num_bytes / seconds - old)
+    def note_moves(self, stats: Mapping[Link, LinkStats]) -> None:
+        """Follow what the links have done since the last call."""
+        for link, now in stats.items():
+            num_bytes, seconds = self._seen.get(link, (0, 0.0))
+            moved, took = now.num_bytes - num_bytes, now.seconds - seconds
+            if moved < _LEAST_BYTES or took <= 0:
+                continue
+            self._seen[link] = now.num_bytes, now.seconds
+            source, destination = link
+            key = (source, True) if destination is TierName.GPU else (destination, False)
+            self.rates[key] += _WEIGHT * (moved / took - self.rates[key])

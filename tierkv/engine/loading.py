@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import islice
 
+from tierkv.cache.evictor import CPU, GPU, NVME
 from tierkv.cache.lookup import Match, is_partly_loading, loads_by_tier
 from tierkv.cache.tiered_cache import TieredCache
 from tierkv.engine.preemption import SchedulingPolicies
 from tierkv.engine.request import SeqState, Sequence
 from tierkv.metrics import Metrics
 from tierkv.policies.load import LoadView
+from tierkv.types import TierName
 
 
 class Loader:
@@ -38,15 +40,29 @@ class Loader:
         self._metrics.loads_chosen += 1
         return match, 0 if is_partly_loading(match) else head
 
+    def note_hits(self, seq: Sequence, match: Match, num_head: int) -> None:
+        """Count what a new request finds below the pool."""
+        if not match.num_loads or seq.request.first_scheduled_s is not None:
+            return
+        first = len(match.blocks) - match.num_loads + num_head
+        counts = loads_by_tier(Match(match.blocks[first:]))
+        self._metrics.hit_tokens_cpu += counts[CPU] * self._cache.block_size
+        self._metrics.hit_tokens_nvme += counts[NVME] * self._cache.block_size
+
     def _view(self, match: Match) -> LoadView:
         cost, block_size = self._policies.cost, self._cache.block_size
         start = (len(match.blocks) - match.num_loads) * block_size
         counts = loads_by_tier(match)
-        load_s = sum(cost.up_s(tier, count) for tier, count in counts.items())
+        load_s = sum(cost.up_s(tier, n + self._num_queued(tier)) for tier, n in counts.items())
         latency = max((cost.up_s(tier, 0) for tier in counts), default=0.0)
         return LoadView(
             match.num_loads, load_s, cost.compute_s(start, match.num_loads * block_size), latency
         )
+
+    def _num_queued(self, tier: TierName) -> int:
+        """Blocks that are on their way up from `tier` already."""
+        moves = self._cache.moves
+        return 0 if moves is None else moves.in_flight_bytes[tier, GPU] // moves.slot_bytes
 
     def prefetch(self, waiting: Iterable[Sequence], num_spare: int) -> None:
         """Promote blocks of the sequences that are next, before their turn."""

@@ -141,27 +141,33 @@ class Preemptor:
         return self._policies.mode.choose(self._view(seq))
 
     def _view(self, seq: Sequence) -> PreemptionView:
+        return PreemptionView(self._swap_s(seq), self._recompute_s(seq))
+
+    def _recompute_s(self, seq: Sequence) -> float:
+        return self._policies.cost.compute_s(0, seq.num_computed)
+
+    def _swap_s(self, seq: Sequence) -> float:
         swapper, lower, cost = self._cache.swapper, self._cache.lower, self._policies.cost
-        assert swapper is not None and lower is not None
+        if swapper is None or lower is None:
+            return float("inf")
         down, up = swapper.num_blocks(seq)
-        tier = lower.below_pool
-        swap_s = cost.down_s(tier, down) + cost.up_s(tier, up)
-        return PreemptionView(swap_s, cost.compute_s(0, seq.num_computed))
+        return cost.down_s(lower.below_pool, down) + cost.up_s(lower.below_pool, up)
+
+    def _running_view(self, seq: Sequence) -> RunningView:
+        request = seq.request
+        return RunningView(
+            seq.seq_id,
+            request.priority,
+            request.arrival_s,
+            seq.scheduled_order,
+            len(seq.block_table),
+            seq.num_tokens,
+            recompute_s=self._recompute_s(seq),
+            swap_s=self._swap_s(seq),
+        )
 
     def _choose_victim(self) -> Sequence:
         """By policy, among all but the sequence admitted first."""
         oldest = min(self._running.values(), key=lambda s: s.scheduled_order)
-        views = [_running_view(s) for s in self._running.values() if s is not oldest]
+        views = [self._running_view(s) for s in self._running.values() if s is not oldest]
         return self._running[self._policies.victim.choose(views)]
-
-
-def _running_view(seq: Sequence) -> RunningView:
-    request = seq.request
-    return RunningView(
-        seq.seq_id,
-        request.priority,
-        request.arrival_s,
-        seq.scheduled_order,
-        len(seq.block_table),
-        seq.num_tokens,
-    )

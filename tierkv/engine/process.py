@@ -27,6 +27,7 @@ from tierkv.errors import ConfigError, RequestError
 
 TO_ENGINE, FROM_ENGINE = "to-engine", "from-engine"
 _LINGER_MS = 2000
+_BACKGROUND_MS = 5
 
 
 class EngineLoop:
@@ -68,6 +69,8 @@ class EngineLoop:
     def _receive(self) -> None:
         """Handle all messages that are there; wait for one when the engine has no work."""
         while not self._is_stopping:
+            if not self._engine.has_work:
+                self._wait()
             try:
                 message = self._inbox.recv(zmq.NOBLOCK if self._engine.has_work else 0)
             except zmq.Again:
@@ -77,6 +80,11 @@ class EngineLoop:
                 self._handle(self._inbox.recv())
             if self._engine.has_work:
                 return
+
+    def _wait(self) -> None:
+        """For a message; moves that are under way go on meanwhile."""
+        while self._engine.has_background_work and not self._inbox.poll(_BACKGROUND_MS):
+            self._engine.work_in_background()
 
     def _handle(self, message: bytes) -> None:
         kind, values = wire.unpack(message)
@@ -100,8 +108,10 @@ class EngineLoop:
 
 def main(directory: str) -> None:
     """Run the engine behind the sockets in `directory`, then end this process."""
-    # Ctrl-C in a terminal reaches every process of the group; the front end decides what it means.
+    # Ctrl-C in a terminal, and SIGTERM of a service manager, reach every process of the group; the
+    # front end decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, args=(directory,), daemon=True).start()
     with zmq.Context() as context:
         inbox = bind_pull(context, Path(directory) / TO_ENGINE)

@@ -179,7 +179,16 @@ class Scheduler:
         for seq in [seq for seq in self.loading.values() if not seq.num_loading]:
             del self.loading[seq.seq_id]
             self.cache.skip_loaded(seq)
+            self._correct_hits(seq)
             self._start(seq)
+
+    def _correct_hits(self, seq: Sequence) -> None:
+        """A load that failed was counted as a hit when the request was admitted."""
+        request = seq.request
+        cached = request.num_cached_tokens or 0
+        if not seq.num_generated and not request.num_preemptions and seq.num_computed < cached:
+            self.metrics.hit_tokens -= cached - seq.num_computed
+            request.num_cached_tokens = seq.num_computed
 
     def _start(self, seq: Sequence) -> None:
         seq.move_to(SeqState.RUNNING)
@@ -310,6 +319,7 @@ class Scheduler:
             match = Match(match.blocks, 0, len(match.blocks) * self.cache.block_size)
             if self.cache.blocks_to_acquire(match, tokens, chunk) > spare:
                 return False
+        self._loader.note_hits(seq, match, num_head)
         self.cache.acquire(seq, match, num_head)
         self._note_admission(seq, match)
         if seq.num_loading and seq.num_computed >= seq.load_from * self.cache.block_size:
