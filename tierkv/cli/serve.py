@@ -157,10 +157,11 @@ def serve(options: ServeOptions, config: EngineConfig, runner: Any) -> int:
 
 
 def ready_text(url: str, engine: Any) -> str:
-    """The line that says the server is up."""
+    """The lines that say what was opened, and that the server is up."""
     info = engine.info
     tokens = info.num_gpu_blocks * info.block_size
-    return (
+    ready = (
         f"tierkv: ready at {url} ({info.dtype} on {info.device},"
         f" {info.num_gpu_blocks:,} blocks of {info.block_size} = {tokens:,} tokens of KV)"
     )
+    return "\n".join([*(f"tierkv: {line}" for line in info.tiers), ready])

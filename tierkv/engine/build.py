@@ -55,6 +55,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
     if config.offload is not None:
         cost = measure_compute(loaded, layout)
         tiers = open_tiers(config, layout, loaded.fingerprint, pool, cost)
+        info.tiers = tiers.lines if tiers is not None else []
     try:
         return EngineCore(config, info, runner, TorchSampler(config.seed), MonotonicClock(), tiers)
     except BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tierkv.cache.check import check_cache
@@ -61,6 +61,7 @@ class EngineInfo:
     device: str
     fingerprint: bytes = b""
     window: int | None = None
+    tiers: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -75,6 +76,7 @@ class LowerTierSetup:
         cost: what computing and moving take.
         stored: what a persistent tier brought back.
         close: lets go of all of them, when nothing moves any more.
+        lines: what was opened, for people.
     """
 
     specs: list[TierSpec]
@@ -84,6 +86,7 @@ class LowerTierSetup:
     cost: MeasuredCost
     stored: list[StoredBlock]
     close: Callable[[], None]
+    lines: list[str] = field(default_factory=list)
 
 
 class MonotonicClock:

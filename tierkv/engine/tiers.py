@@ -155,6 +155,7 @@ def _setup(
         cost=cost,
         stored=store.recover() if store is not None else [],
         close=_closer(mover, guarded),
+        lines=_describe(layout, arena, store),
     )
 
 
@@ -199,7 +200,6 @@ def _open_arena(config: EngineConfig, request: TierRequest, layout: KVLayout) ->
     if num_slots < 1:
         fix = f"{size} bytes hold no block of {layout.slot_bytes}; give more"
         raise ConfigError("cpu_cache_size", asked, fix)
-    logger.info("cpu tier: %d blocks, %.2f GiB", num_slots, num_slots * layout.slot_bytes / 2**30)
     return HostArena(num_slots, layout.block_bytes)
 
 
@@ -209,15 +209,23 @@ def _open_store(
     path = store_path(config, request)
     asked = request.num_bytes or config.nvme_cache_size
     size = int(asked) if asked else _default_bytes(path)
-    store = open_store(path, f"{fingerprint.hex()}-{layout.fingerprint}", layout.slot_bytes, size)
-    logger.info(
-        "nvme tier: %d blocks, at most %.2f GiB in %s. The KV of prompts persists there; "
-        "`tierkv store clear` removes it",
-        store.capacity,
-        size / 2**30,
-        path,
-    )
-    return store
+    return open_store(path, f"{fingerprint.hex()}-{layout.fingerprint}", layout.slot_bytes, size)
+
+
+def _describe(layout: KVLayout, arena: HostArena | None, store: NvmeStore | None) -> list[str]:
+    """A line for each tier, for whoever starts the engine."""
+    lines = []
+    if arena is not None:
+        lines.append(f"cpu: {arena.num_slots:,} blocks, {arena.num_bytes / 2**30:.2f} GiB")
+    if store is not None:
+        size = store.capacity * layout.slot_bytes / 2**30
+        lines.append(
+            f"nvme: {store.capacity:,} blocks, {size:.2f} GiB in {store.path}, where the KV of "
+            "prompts persists (`tierkv store clear` removes it)"
+        )
+    for line in lines:
+        logger.info(line)
+    return lines
 
 
 def _default_bytes(path: Path) -> int:
