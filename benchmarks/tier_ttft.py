@@ -114,9 +114,10 @@ def after_restart(model: str, path: Path, lengths: list[int], longest: int) -> d
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     options = parser(__doc__, repeats=3)
     options.add_argument("--model", default="llama-150m", help="shape of the model")
+    options.add_argument("--longest", type=int, default=max(LENGTHS), help="leave out longer ones")
     args = parse(options, argv)
     model = "tiny" if args.quick else args.model
-    lengths = [128, 256] if args.quick else LENGTHS
+    lengths = [128, 256] if args.quick else [n for n in LENGTHS if n <= args.longest]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         llms = {p: open_llm(model, path, p, max(lengths)) for p in POLICIES}
