@@ -1,4 +1,4 @@
-"""Twice-visited chats four times as large as the pool: what are swap and prefetch worth?
+"""Chats that need four times the pool: what are swap and prefetch worth?
 
 Chats of 8 turns, all alive at once, whose contexts together need four times the pool. Each turn
 sends the whole chat again. Compared: a pool that holds everything, one tier (what was evicted is

@@ -38,9 +38,7 @@ class LedgerMover:
             name: [list(empty) for _ in range(count)] for name, count in capacities.items()
         }
         self.tiers[GPU] = ledger.pool
-        self.keys: dict[int, bytes] = {}  # of the NVMe slots
         self.pending: list[Move] = []
-        self.log: list[tuple[Move, list[int | None]]] = []
         self.erased: list[int] = []
         self._results: list[MoveResult] = []
         self._clock = clock
@@ -68,7 +66,6 @@ class LedgerMover:
             return MoveResult(move.ticket, self._random.choice(kinds), 0.01)
         data = self.tiers[move.source][move.source_slot]
         self.tiers[move.destination][move.destination_slot][:] = data
-        self.log.append((move, list(data)))
         return MoveResult(move.ticket, None, 0.01)
 
     def _spoil(self, move: Move) -> None:

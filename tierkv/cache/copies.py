@@ -12,7 +12,7 @@ from tierkv.types import BlockCopy
 
 @dataclass(slots=True)
 class CopyBatch:
-    """Copy-on-write work for one plan; its sources stay pinned until `finish_copies`."""
+    """Copy-on-write work for one plan; its sources stay pinned until `Copies.finish`."""
 
     copies: list[BlockCopy] = field(default_factory=list)
     sources: list[Block] = field(default_factory=list)

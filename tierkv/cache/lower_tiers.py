@@ -109,8 +109,6 @@ class LowerTiers:
         below = self._below.get(tier)
         if below is None or below in block.copies or (block.key, below) in self._queued:
             return
-        if tier is GPU and NVME in block.copies and when is When.EVICTED:
-            return
         if len(self._outbox) >= _MOST_OFFERS:
             return
         if self.specs[below].admission.admits(block.key, when, hint):

@@ -157,6 +157,8 @@ class Scheduler:
         for seq in prefills:
             self._plan_chunk(plan, seq)
         self._admit(plan)
+        if self.cache.prefetcher is not None and self.waiting:
+            self._loader.prefetch(self.waiting, self._num_spare())
         if plan.is_empty and not self._num_in_flight and self._is_stuck():
             raise InvariantError("sequences are runnable but none can be planned")
         self._num_in_flight += 0 if plan.is_empty else 1
@@ -288,7 +290,6 @@ class Scheduler:
             if seq.state is SeqState.RUNNING:
                 self._plan_chunk(plan, seq)
         self.waiting.drop_departed()
-        self._loader.prefetch(self.waiting, self._num_spare())
 
     def _is_admissible(self, seq: Sequence) -> bool:
         """Not undecided, and not waiting for a block that another is still computing."""
