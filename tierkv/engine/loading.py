@@ -12,18 +12,25 @@ from tierkv.engine.preemption import SchedulingPolicies
 from tierkv.engine.request import SeqState, Sequence
 from tierkv.metrics import Metrics
 from tierkv.policies.load import LoadView
+from tierkv.protocols import Clock
 from tierkv.types import TierName
+
+_LOOK_AGAIN_S = 0.05  # at the whole queue
 
 
 class Loader:
     """Chooses between loading and computing, and prefetches for the queue.
 
     Args:
-        cache, policies, metrics: of the scheduler.
+        cache, policies, clock, metrics: of the scheduler.
     """
 
-    def __init__(self, cache: TieredCache, policies: SchedulingPolicies, metrics: Metrics) -> None:
+    def __init__(
+        self, cache: TieredCache, policies: SchedulingPolicies, clock: Clock, metrics: Metrics
+    ) -> None:
         self._cache = cache
+        self._clock = clock
+        self._look_again_s = float("-inf")
         self._policies = policies
         self._metrics = metrics
 
@@ -65,18 +72,25 @@ class Loader:
         return 0 if moves is None else moves.in_flight_bytes[tier, GPU] // moves.slot_bytes
 
     def prefetch(self, waiting: Iterable[Sequence], num_spare: int) -> None:
-        """Promote blocks of the sequences that are next, before their turn."""
-        policies = self._policies
-        prefetcher = self._cache.prefetcher
-        if prefetcher is None or not policies.prefetch_depth:
+        """Promote blocks of the sequences that are next, before their turn.
+
+        In every step for the first in the queue, for those behind it every now and then.
+        """
+        prefetcher, depth = self._cache.prefetcher, self._policies.prefetch_depth
+        if prefetcher is None or not depth:
             return
-        budget = policies.prefetch_blocks
-        for seq in islice(waiting, policies.prefetch_depth):
-            if budget <= 0:
+        now = self._clock.now()
+        if now < self._look_again_s:
+            depth = 1
+        else:
+            self._look_again_s = now + _LOOK_AGAIN_S
+        budget = prefetcher.budget(self._policies.prefetch_blocks, num_spare)
+        for seq in islice(filter(self._is_prefetchable, waiting), depth):
+            if budget.is_spent:
                 return
-            if seq.state is SeqState.SWAPPING or seq.is_paused:
-                continue
-            if seq.state is SeqState.SWAPPED and not policies.prefetches_swapped:
-                continue
-            begun, taken = prefetcher.promote(self._cache.lookup(seq), budget, num_spare)
-            budget, num_spare = budget - begun, num_spare - taken
+            prefetcher.promote(self._cache.lookup(seq), budget)
+
+    def _is_prefetchable(self, seq: Sequence) -> bool:
+        if seq.state is SeqState.SWAPPED:
+            return self._policies.prefetches_swapped
+        return seq.state is not SeqState.SWAPPING and not seq.is_paused

@@ -62,7 +62,7 @@ class Scheduler:
         self.waiting = WaitingQueue(order, lambda seq: cache.lookup(seq).num_tokens)
         self.requests: dict[str, Request] = {}
         self._preemptor = Preemptor(cache, self.running, self.waiting, policies, clock, metrics)
-        self._loader = Loader(cache, policies, metrics)
+        self._loader = Loader(cache, policies, clock, metrics)
         self._clock = clock
         self._seq_ids = itertools.count()
         self._admissions = itertools.count(1)
