@@ -73,6 +73,10 @@ class CompletionReply:
         ]
         return {**self.header.body(), "choices": choices, "usage": Usage.of(outputs).body()}
 
+    def events(self) -> AsyncGenerator[bytes, None]:
+        """The reply as server-sent events."""
+        return stream_events(self, wants_usage=self._body.wants_usage_chunk)
+
     def first_choices(self) -> list[Json]:
         """Choices of a stream's opening chunks: none."""
         return []
@@ -183,6 +187,10 @@ class ChatReply:
             reply["prompt_logprobs"] = prompt_logprobs_body(outputs[0].prompt_logprobs)
         return reply
 
+    def events(self) -> AsyncGenerator[bytes, None]:
+        """The reply as server-sent events."""
+        return stream_events(self, wants_usage=self._body.wants_usage_chunk)
+
     def first_choices(self) -> list[Json]:
         """Each answer's stream opens with its role."""
         opening = {"role": "assistant", "content": ""}
@@ -200,7 +208,7 @@ class ChatReply:
         return chat_delta(sample.index, content, logprobs, **ending(sample))
 
 
-Reply = CompletionReply | ChatReply
+OpenAIReply = CompletionReply | ChatReply
 
 
 def has_news(sample: CompletionOutput) -> bool:
@@ -208,7 +216,7 @@ def has_news(sample: CompletionOutput) -> bool:
     return bool(sample.text or sample.logprobs or sample.finished)
 
 
-async def stream_events(reply: Reply, *, wants_usage: bool) -> AsyncGenerator[bytes, None]:
+async def stream_events(reply: OpenAIReply, *, wants_usage: bool) -> AsyncGenerator[bytes, None]:
     """The reply as server-sent events, up to and including `[DONE]`.
 
     The first event comes with the first output, so what the engine refuses is raised before it.

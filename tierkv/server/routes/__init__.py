@@ -1,0 +1,1 @@
+"""One module for each API: a router over a `ServerContext`."""
