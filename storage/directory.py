@@ -31,6 +31,9 @@ DATA_NAME = "blocks.data"
 FILES = (MANIFEST_NAME, f"{MANIFEST_NAME}.tmp", DATA_NAME, *INDEX_FILES, LOCK_NAME)
 """Every name that a store may have in its directory."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors that mean that there is no room."""
+
 PATH_OPTION = "nvme_path"
 CAPACITY_OPTION = "nvme_cache_size"
 
@@ -59,9 +62,18 @@ class OpenDirectory:
     index: Index
 
     def begin_session(self) -> int:
-        """Make an index sealed before now untrusted; durable. Returns the session's number."""
+        """Make an index sealed before now untrusted; durable. Returns the session's number.
+
+        On a full disk the index is given up, to make room.
+        """
         self.manifest = dataclasses.replace(self.manifest, session=self.manifest.session + 1)
-        write_manifest(self.path, self.manifest)
+        try:
+            write_manifest(self.path, self.manifest)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            self.index.discard()
+            write_manifest(self.path, self.manifest)
         return self.manifest.session
 
     def close(self) -> None:
@@ -120,7 +132,7 @@ def lock_directory(path: Path) -> DirectoryLock:
 
 def refusal(path: Path, spec: StoreSpec, error: OSError) -> ConfigError:
     """The error for a store that cannot be opened."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in (*FULL, errno.EFBIG):
         free = shutil.disk_usage(path).free if path.exists() else 0
         fix = f"{path} has room for {free} bytes more; lower it or free some space"
         return ConfigError(CAPACITY_OPTION, spec.data_bytes, fix)

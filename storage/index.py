@@ -4,6 +4,9 @@ It is a cache. Losing it loses nothing, and no answer depends on it: rows only s
 should be, and a read compares. It is believed at opening only if it was sealed by a clean close of
 the session that the MANIFEST names, and if every row's checksum is right. Otherwise the headers
 are read and the index is written anew, with the use statistics of rows that still apply.
+
+So rows need not be there before the session ends. They are noted in memory first (`put`, `delete`)
+and go to the file many at once and in the order of slots (`write_out`): neighbours share a page.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import os
 import sqlite3
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +64,8 @@ class Index:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._lock = threading.Lock()
+        self._noting, self._writing_out = threading.Lock(), threading.Lock()
+        self._noted: dict[int, StoredBlock | None] = {}
         self._database: sqlite3.Connection | None = None
         try:
             self._database = _connect(directory)
@@ -97,29 +102,47 @@ class Index:
                 self._database = _connect(self._directory)
             except (sqlite3.Error, OSError) as error:
                 self._give_up(error)
-        self.put(blocks)
+        self.put({block.slot: block for block in blocks})
+        self.write_out()
 
-    def put(self, blocks: Iterable[StoredBlock]) -> None:
-        rows = [(*block, _checksum(block)) for block in blocks]
-        statement = "INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
-        for start in range(0, len(rows), _TRANSACTION_ROWS):
-            self._run(statement, rows[start : start + _TRANSACTION_ROWS])
+    @property
+    def num_noted(self) -> int:
+        """Slots whose rows are not in the file yet."""
+        return len(self._noted)
 
-    def put_usage(self, blocks: Iterable[StoredBlock]) -> None:
-        """Update the statistics of rows that are still about the same write."""
-        rows = [(b.hits, b.last_use, _checksum(b), b.slot, b.generation) for b in blocks]
-        set_usage = "UPDATE blocks SET hits = ?, last_use = ?, checksum = ?"
-        self._run(f"{set_usage} WHERE slot = ? AND generation = ?", rows)
+    def put(self, blocks: Mapping[int, StoredBlock]) -> None:
+        """Note what slots hold."""
+        with self._noting:
+            self._noted |= blocks
 
     def delete(self, slots: Sequence[int]) -> None:
-        self._run("DELETE FROM blocks WHERE slot = ?", [(slot,) for slot in slots])
+        """Note that slots hold nothing."""
+        with self._noting:
+            self._noted |= dict.fromkeys(slots)
+
+    def write_out(self) -> None:
+        """Write what was noted."""
+        with self._writing_out:
+            with self._noting:
+                noted, self._noted = self._noted, {}
+            blocks = [noted[slot] for slot in sorted(noted)]
+            gone = [(slot,) for slot, block in noted.items() if block is None]
+            self._run_all("DELETE FROM blocks WHERE slot = ?", gone)
+            rows = [(*block, _checksum(block)) for block in blocks if block is not None]
+            self._run_all("INSERT OR REPLACE INTO blocks VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def put_usage(self, blocks: Iterable[StoredBlock]) -> None:
+        """Update the statistics of rows that are in the file and still about the same write."""
+        rows = [(b.hits, b.last_use, _checksum(b), b.slot, b.generation) for b in blocks]
+        set_usage = "UPDATE blocks SET hits = ?, last_use = ?, checksum = ?"
+        self._run_all(f"{set_usage} WHERE slot = ? AND generation = ?", rows)
 
     def delete_from(self, capacity: int) -> None:
         """Forget slots that the store no longer has."""
         self._run("DELETE FROM blocks WHERE slot >= ?", [(capacity,)])
 
     def seal(self, session: int, generation: int) -> None:
-        """Say that the rows are complete; durable when it returns."""
+        """Say that the rows, all written out, are complete; durable when it returns."""
         self._run("PRAGMA synchronous = FULL")
         self._run("DELETE FROM seal")
         statement = "INSERT INTO seal SELECT ?, ?, COUNT(*) FROM blocks"
@@ -130,6 +153,15 @@ class Index:
             if self._database is not None:
                 self._database.close()
                 self._database = None
+
+    def discard(self) -> None:
+        """Delete it; until the next opening there is none."""
+        self.close()
+        remove_index(self._directory)
+
+    def _run_all(self, statement: str, rows: Sequence[tuple[object, ...]]) -> None:
+        for start in range(0, len(rows), _TRANSACTION_ROWS):
+            self._run(statement, rows[start : start + _TRANSACTION_ROWS])
 
     def _run(
         self, statement: str, rows: Sequence[tuple[object, ...]] | None = None

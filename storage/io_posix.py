@@ -6,19 +6,18 @@ back: O_DIRECT or buffered, preallocated or sparse (then a full disk shows when 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tierkv.storage.io import aligned
+from tierkv.storage.io import MAX_VECTORS, IoQueue, aligned, rest_of
+from tierkv.storage.io_aio import KernelQueue
 from tierkv.storage.record import ALIGNMENT
 
 logger = logging.getLogger(__name__)
-
-MAX_VECTORS = 1024
-"""Buffers per system call (IOV_MAX on Linux)."""
 
 _NOT_OFFERED = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -58,7 +57,7 @@ class PosixIo:
             total += count
             if count == 0 or (self.is_direct and count % ALIGNMENT):
                 break  # the file ends here
-            rest = _drop(rest, count)
+            rest = rest_of(rest, count)
         return total
 
     def pwritev(self, buffers: Sequence[memoryview], offset: int) -> None:
@@ -68,12 +67,20 @@ class PosixIo:
             if count == 0:
                 raise OSError(errno.EIO, "nothing was written")
             offset += count
-            rest = _drop(rest, count)
+            rest = rest_of(rest, count)
 
     def sync(self) -> None:
         os.fdatasync(self._fd)
         if os.fstat(self._fd).st_nlink == 0:
             raise OSError(errno.ESTALE, "the file was deleted")
+
+    def open_queue(self, depth: int) -> IoQueue | None:
+        """The kernel's own, unless it would only wait in it (buffered), or has none to give."""
+        try:
+            return KernelQueue(self, self._fd, depth) if self.is_direct else None
+        except OSError as error:
+            logger.info("no asynchronous I/O (%s): threads wait for each operation", error)
+            return None
 
     def close(self) -> None:
         os.close(self._fd)
@@ -82,6 +89,8 @@ class PosixIo:
         """Give the file its size; returns whether its blocks are allocated."""
         before = os.fstat(self._fd).st_size
         os.ftruncate(self._fd, num_bytes)
+        if not can_allocate(self._fd):
+            return False
         try:
             os.posix_fallocate(self._fd, 0, num_bytes)
         except OSError as error:
@@ -101,6 +110,20 @@ class PosixIo:
         return True
 
 
+def can_allocate(descriptor: int) -> bool:
+    """Whether the file system allocates blocks by itself.
+
+    Where it does not, glibc's `posix_fallocate` writes a byte into every block: hours for a large
+    file on a slow disk. The first block is allocated to find out.
+    """
+    if _libc.fallocate(descriptor, 0, ctypes.c_long(0), ctypes.c_long(ALIGNMENT)) == 0:
+        return True
+    return ctypes.get_errno() not in _NOT_OFFERED
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
 def _open(path: Path, direct: bool) -> tuple[int, bool]:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
     if direct:
@@ -110,12 +133,3 @@ def _open(path: Path, direct: bool) -> tuple[int, bool]:
             if error.errno != errno.EINVAL:
                 raise
     return os.open(path, flags, 0o600), False
-
-
-def _drop(buffers: list[memoryview], count: int) -> list[memoryview]:
-    """What is left of the buffers after their first `count` bytes."""
-    for index, buffer in enumerate(buffers):
-        if count < buffer.nbytes:
-            return [buffer.cast("B")[count:], *buffers[index + 1 :]]
-        count -= buffer.nbytes
-    return []

@@ -82,25 +82,11 @@ def digest(data: memoryview) -> bytes:
 
 
 def encode(header: Header, out: memoryview) -> None:
-    """Write the header into `out`, 4 KiB of zeros; sizes were checked (`base.check_writes`)."""
-    tokens = header.tokens
-    _FIELDS.pack_into(
-        out,
-        0,
-        MAGIC,
-        VERSION,
-        header.payload_bytes,
-        header.store_id,
-        header.key,
-        header.parent,
-        header.slot,
-        header.generation,
-        header.settled,
-        header.payload_digest,
-        len(tokens),
-    )
-    out[_FIELDS.size : _FIELDS.size + len(tokens)] = tokens
-    out[_DIGEST_AT:HEADER_BYTES] = digest(out[:_DIGEST_AT])
+    """Write the header into `out`, 4 KiB; sizes were checked (`base.check_writes`)."""
+    rest = (*header[:6], header.payload_digest, len(header.tokens))
+    fields = _FIELDS.pack(MAGIC, VERSION, header.payload_bytes, *rest)
+    body = (fields + header.tokens).ljust(_DIGEST_AT, b"\0")
+    out[:] = body + xxhash.xxh3_128_digest(body)
 
 
 def decode(data: memoryview, store_id: bytes, slot: int) -> Header | Failure:

@@ -55,8 +55,8 @@ def recover(io: IoEngine, index: Index, manifest: Manifest, pool: Executor) -> R
     }
     erase_headers(io, sorted(torn), record.slot_bytes(manifest.payload_bytes))
     io.sync()
-    usage = {(row.slot, row.key, row.generation): (row.hits, row.last_use) for row in index.rows()}
-    blocks = [_stored(header, usage) for header in headers if header.slot not in torn]
+    usage = _Usage(index.rows())
+    blocks = [usage.stored(header) for header in headers if header.slot not in torn]
     index.replace(blocks)
     generation = max((header.generation for header in headers), default=0)
     return Recovered(blocks, generation, f"headers ({len(torn)} unfinished writes erased)")
@@ -110,10 +110,18 @@ def _scan_part(io: IoEngine, manifest: Manifest, start: int) -> list[record.Head
     return found
 
 
-def _stored(
-    header: record.Header, usage: dict[tuple[int, bytes, int], tuple[int, float]]
-) -> StoredBlock:
-    hits, last_use = usage.get((header.slot, header.key, header.generation), (0, 0.0))
-    return StoredBlock(
-        header.slot, header.key, header.parent, header.tokens, header.generation, hits, last_use
-    )
+class _Usage:
+    """The statistics in rows of an index that is not trusted."""
+
+    def __init__(self, rows: list[StoredBlock]) -> None:
+        self._found = {(row.slot, row.key, row.generation): row for row in rows}
+        self._latest = max((row.last_use for row in rows), default=0.0)
+
+    def stored(self, header: record.Header) -> StoredBlock:
+        """The header's block, with its statistics; one without a row was written after the last
+        that has one."""
+        row = self._found.get((header.slot, header.key, header.generation))
+        hits, last_use = (row.hits, row.last_use) if row is not None else (0, self._latest)
+        return StoredBlock(
+            header.slot, header.key, header.parent, header.tokens, header.generation, hits, last_use
+        )

@@ -114,7 +114,8 @@ def open_store(
             per_slot = record.slot_bytes(payload_bytes) + INDEX_SLOT_BYTES
             capacity = (room - STORE_BYTES) // per_slot
             if capacity < 1:
-                fix = f"leaves {room} bytes beside stores in use, too few for a block; raise it"
+                left = max(0, room)
+                fix = f"leaves {left} bytes beside stores in use, too few for a block; raise it"
                 raise ConfigError(CAPACITY_OPTION, capacity_bytes, fix)
             spec = StoreSpec(fingerprint, payload_bytes, capacity)
             directory = open_directory(path, spec, open_io)

@@ -104,8 +104,8 @@ class SlotTable:
         with self._changed:
             for slot in slots:
                 block = self._blocks.get(slot)
-                if block is not None:
-                    self._blocks[slot] = block._replace(hits=block.hits + 1, last_use=now)
+                if block is not None:  # `_replace` costs three times as much
+                    self._blocks[slot] = StoredBlock(*block[:5], block.hits + 1, now)
                     self._touched.add(slot)
 
     def take_touched(self) -> list[StoredBlock]:

@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from store_blocks import (
 )
 
 from tierkv.errors import ConfigError
+from tierkv.storage import nvme_store
 from tierkv.storage.base import DONE, Cause, SlotRead, SlotWrite
 from tierkv.storage.faults import Fault, FaultPlan, FaultyIo
 from tierkv.storage.index import remove_index
@@ -80,6 +81,44 @@ def test_statistics_survive(tmp_path: Path) -> None:
     again = open_nvme(tmp_path)
     assert [block.hits for block in again.recover()] == [0, 0, 0, 2, 1, 0, 0, 0]
     again.close()
+
+
+def test_touching_costs_no_io(tmp_path: Path) -> None:
+    """It is called in every step of the engine."""
+    calls: list[tuple[str, int]] = []
+    store = open_nvme(tmp_path, open_io=lambda path, size: CountingIo(PosixIo(path, size), calls))
+    store.write([write_of(n, n) for n in range(8)])
+    store.flush()
+    calls.clear()
+    before = [(file.name, file.stat().st_mtime_ns) for file in sorted(tmp_path.iterdir())]
+    for _ in range(100):
+        store.touch(range(8))
+    assert calls == []
+    after = [(file.name, file.stat().st_mtime_ns) for file in sorted(tmp_path.iterdir())]
+    assert after == before
+    store.close()
+
+
+def test_the_index_follows_in_the_background(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvme_store, "MOST_NOTED", 6)
+    store = open_nvme(tmp_path)
+    store.write([write_of(n, n) for n in range(4)])
+    store.touch([1])
+    assert (store._index.num_noted, store._index.rows()) == (4, [])
+    store.erase([0])
+    store.write([write_of(n, n) for n in range(4, 8)])
+    deadline_s = time.monotonic() + 20
+    while not (rows := store._index.rows()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
+    assert store._written_out is not None
+    store._written_out.result()
+    rows = store._index.rows()
+    assert [(row.slot, row.hits) for row in rows] == [(n, int(n == 1)) for n in range(1, 8)]
+    assert store._index.num_noted == 0
+    store.close()
 
 
 def test_statistics_that_come_late_do_not_touch_the_next_block(
@@ -155,6 +194,7 @@ def test_an_index_that_breaks_in_use_is_given_up(
     store.write([write_of(0, 0)])
     store._index._database.execute("DROP TABLE blocks")  # type: ignore[union-attr]
     assert store.write([write_of(n, n) for n in range(8)]) == [DONE] * 8
+    store.flush()
     assert "index given up" in caplog.text
     assert right(store) == list(range(8))
     store.close()
@@ -177,8 +217,8 @@ def test_every_flipped_byte_is_a_miss(tmp_path: Path) -> None:
         os.pwrite(data, bytes([byte[0] ^ 1 << chance.randrange(8)]), at)
         # The store stops offering a block that was found corrupt, so each flip asks anew.
         read = SlotRead(3, key_of(3), aligned(PAYLOAD_BYTES))
-        answers = store._read_run([(read, block_in(store, 3))])
-        assert cause(answers[3]) is Cause.CORRUPT, offset
+        (outcome,) = store._slots.read([read], [block_in(store, 3)])
+        assert cause(outcome) is Cause.CORRUPT, offset
         os.pwrite(data, byte, at)
     os.close(data)
     assert right(store) == list(range(8))
@@ -394,23 +434,29 @@ def test_a_sick_device_never_makes_it_serve_wrong_bytes(tmp_path: Path, seed: in
     store.close()
 
 
+class CountingIo(FaultyIo):
+    """Notes every call: without a queue of its own, each operation becomes one."""
+
+    def __init__(self, inner: IoEngine, calls: list[tuple[str, int]]) -> None:
+        super().__init__(inner, FaultPlan())
+        self._calls = calls
+
+    def preadv(self, buffers: Sequence[memoryview], offset: int) -> int:
+        self._calls.append(("read", len(buffers)))
+        return super().preadv(buffers, offset)
+
+    def pwritev(self, buffers: Sequence[memoryview], offset: int) -> None:
+        self._calls.append(("write", len(buffers)))
+        super().pwritev(buffers, offset)
+
+    def sync(self) -> None:
+        self._calls.append(("sync", 0))
+        super().sync()
+
+
 def test_adjacent_slots_are_one_operation(tmp_path: Path) -> None:
     calls: list[tuple[str, int]] = []
-
-    class Counting(PosixIo):
-        def preadv(self, buffers: list[memoryview], offset: int) -> int:  # type: ignore[override]
-            calls.append(("read", len(buffers)))
-            return super().preadv(buffers, offset)
-
-        def pwritev(self, buffers: list[memoryview], offset: int) -> None:  # type: ignore[override]
-            calls.append(("write", len(buffers)))
-            super().pwritev(buffers, offset)
-
-        def sync(self) -> None:
-            calls.append(("sync", 0))
-            super().sync()
-
-    store = open_nvme(tmp_path, open_io=Counting)
+    store = open_nvme(tmp_path, open_io=lambda path, size: CountingIo(PosixIo(path, size), calls))
     store.write([write_of(n, n) for n in (5, 3, 4, 9)])
     assert sorted(calls[:2]) == [("write", 2), ("write", 6)]
     assert calls[2:] == [("sync", 0)]

@@ -11,7 +11,9 @@ from store_blocks import PAYLOAD_BYTES, key_of, open_nvme, payload_of, tokens_of
 from tierkv.errors import InvariantError
 from tierkv.storage import record
 from tierkv.storage.base import DONE, StoredBlock
+from tierkv.storage.directory import StoreSpec, open_directory
 from tierkv.storage.io import aligned
+from tierkv.storage.io_posix import PosixIo
 from tierkv.storage.manifest import Manifest, read_manifest
 from tierkv.storage.nvme_store import NvmeStore
 from tierkv.storage.table import SlotTable
@@ -78,6 +80,32 @@ def test_settled_payloads_are_not_read_at_opening(tmp_path: Path) -> None:
             file.write(b"XX")
     store = open_nvme(path)
     assert offered(store) == {slot: key_of(slot) for slot in range(5)}  # 5 was not settled
+    store.close()
+
+
+def test_the_order_of_uses_survives_a_crash(tmp_path: Path) -> None:
+    """As far as the index knew; what was written after that was used last."""
+    seconds = [100.0]
+
+    def now() -> float:
+        return seconds[0]
+
+    def at(path: Path) -> NvmeStore:
+        return NvmeStore.start(
+            open_directory(path, StoreSpec("tests", PAYLOAD_BYTES, 16), PosixIo), now
+        )
+
+    store = at(tmp_path / "a")
+    store.write([write_of(slot, slot) for slot in range(3)])
+    seconds[0] = 200.0
+    store.touch([1])
+    store.flush()
+    seconds[0] = 300.0
+    store.touch([2])
+    store.write([write_of(3, 3)])
+    store = at(crashed(store, tmp_path / "b"))
+    found = {block.slot: (block.hits, block.last_use) for block in store.recover()}
+    assert found == {0: (0, 100.0), 1: (1, 200.0), 2: (0, 100.0), 3: (0, 200.0)}
     store.close()
 
 

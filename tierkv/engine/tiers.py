@@ -34,7 +34,7 @@ CPU, NVME = TierName.CPU, TierName.NVME
 _Tier = TypeVar("_Tier", HostArena, NvmeStore)
 AUTO = "auto"
 _CPU_SHARE = 0.25
-_NVME_SHARE = 0.1
+_NVME_SHARE, _ALL_NVME_SHARE = 0.1, 0.5  # of one model's store, and of all
 _NVME_DEFAULT_BYTES = 20 << 30
 _CLOSE_S = 5.0  # for the store, once no move is left
 
@@ -156,6 +156,8 @@ def _setup(
         stored=store.recover() if store is not None else [],
         close=_closer(mover, guarded),
         lines=_describe(layout, arena, store),
+        arena=arena,
+        store=guarded,
     )
 
 
@@ -208,8 +210,12 @@ def _open_store(
 ) -> NvmeStore:
     path = store_path(config, request)
     asked = request.num_bytes or config.nvme_cache_size
-    size = int(asked) if asked else _default_bytes(path)
-    return open_store(path, f"{fingerprint.hex()}-{layout.fingerprint}", layout.slot_bytes, size)
+    name = f"{fingerprint.hex()}-{layout.fingerprint}"
+    if asked:
+        return open_store(path, name, layout.slot_bytes, int(asked))
+    room = _disk_room(path)
+    own = min(_NVME_DEFAULT_BYTES, int(room * _NVME_SHARE))
+    return open_store(path, name, layout.slot_bytes, int(room * _ALL_NVME_SHARE), own)
 
 
 def _describe(layout: KVLayout, arena: HostArena | None, store: NvmeStore | None) -> list[str]:
@@ -228,9 +234,9 @@ def _describe(layout: KVLayout, arena: HostArena | None, store: NvmeStore | None
     return lines
 
 
-def _default_bytes(path: Path) -> int:
-    """The smaller of 20 GiB and a tenth of the disk that is free or that stores there have: what
-    an earlier start has taken must not make the next one smaller.
+def _disk_room(path: Path) -> int:
+    """Bytes of the disk that are free or that stores below `path` have: what an earlier start has
+    taken must not make the next one smaller.
 
     Raises:
         ConfigError: the path cannot be looked at.
@@ -240,8 +246,7 @@ def _default_bytes(path: Path) -> int:
         while not existing.exists():
             existing = existing.parent
         taken = sum(disk_bytes(store.path) for store in list_stores(path)) if path.is_dir() else 0
-        room = shutil.disk_usage(existing).free + taken
+        return shutil.disk_usage(existing).free + taken
     except OSError as error:
         fix = f"cannot be used ({error.strerror}); choose another one"
         raise ConfigError("nvme_path", str(path), fix) from None
-    return min(_NVME_DEFAULT_BYTES, int(room * _NVME_SHARE))
