@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 Key = Hashable
 
@@ -22,7 +22,8 @@ class AccessHint:
         now: the engine clock, seconds.
         depth: the block's distance from the root, in blocks (the first block has 0).
         tokens: tokens the block holds.
-        load_s, recompute_s: estimated seconds to fetch it from the next tier, or to compute it.
+        load_s, recompute_s: estimated seconds to fetch it from the next tier below that has it,
+            or to compute it; each as one block more of many, 0 when unknown.
         session, tenant: opaque names, empty when unknown.
         turn: the request's number within its session, 0 when unknown.
         stop_reason: why the session's last request ended, empty when unknown.
@@ -65,7 +66,11 @@ class EvictionPolicy(Protocol):
     The caller keeps the order insert -> (touch | set_evictable)* -> forget for each key and
     inserts a parent before its child (`parent` is None for a root, or where the tier holds
     blocks without their ancestors). A new block is not evictable until it is said to be.
+
+    Hints tell `load_s` and `recompute_s` only where `uses_cost` is True: they take time to find.
     """
+
+    uses_cost: ClassVar[bool]
 
     def insert(self, key: Key, parent: Key | None, hint: AccessHint) -> None:
         """A READY copy of the block appeared in the tier."""
@@ -77,6 +82,13 @@ class EvictionPolicy(Protocol):
 
     def set_evictable(self, key: Key, yes: bool) -> None:
         """Whether the block may be proposed (it may not while pinned or in flight)."""
+        ...
+
+    def set_retention(self, key: Key, retention: int) -> None:
+        """How much the block is to be kept: 0 when it appears, less below, more above.
+
+        Of two that could go the one of lower retention does; the policy decides between equals.
+        """
         ...
 
     def propose(self, n: int, view: TreeView, candidate: Key | None = None) -> list[Key]:

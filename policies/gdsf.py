@@ -15,12 +15,16 @@ ancestors and still goes before them, so a prefix has no holes.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from tierkv.policies.base import AccessHint, Why
 from tierkv.policies.leaf_first import Entry, LeafQueues
 
 
 class GdsfPolicy(LeafQueues):
     """Greedy-dual by frequency and cost, leaf first."""
+
+    uses_cost: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -4,6 +4,8 @@
     candidates = evictable blocks without a child in this tier, in one heap per segment
     propose:  the policy chooses a segment; its lowest is spared (and gets a new place) or given
               up, and then its parent becomes a candidate if that was the last child
+    retention: those that are to be kept less than others, or more, are in heaps of their own: the
+              policy is asked once the former are gone, the latter go when all others are
     touch:    the place may change; the old heap item becomes stale and is skipped later
 
 Pinned blocks and blocks with children are in no heap, so a proposal costs nothing for them, and a
@@ -31,13 +33,23 @@ class Entry:
     to a parent that left before it; that one is in no segment and never proposed.
     """
 
-    __slots__ = ("evictable", "key", "num_children", "parent", "rank", "segment", "uses", "version")
+    __slots__ = (
+        "evictable",
+        "key",
+        "num_children",
+        "parent",
+        "rank",
+        "retention",
+        "segment",
+        "uses",
+        "version",
+    )
 
     def __init__(self, key: Key, parent: Entry | None) -> None:
         self.key = key
         self.parent = parent
         self.rank: Rank = ()
-        self.segment = self.uses = self.num_children = self.version = 0
+        self.segment = self.uses = self.num_children = self.version = self.retention = 0
         self.evictable = False
 
 
@@ -52,12 +64,14 @@ class LeafQueues(ABC):
     """
 
     num_segments: ClassVar[int] = 1
+    uses_cost: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.entries: dict[Key, Entry] = {}
         self.sizes = [0] * self.num_segments
         self.peak = 0
-        self._heaps: list[list[tuple[Rank, int, Entry]]] = [[] for _ in self.sizes]
+        self._heaps: list[_Heap] = [[] for _ in self.sizes]
+        self._retained: dict[int, _Heap] = {}
         self._tick = 0
         self._version = 0
 
@@ -117,7 +131,9 @@ class LeafQueues(ABC):
 
     def lowest(self, segment: int) -> Entry | None:
         """The candidate that would leave the segment first."""
-        heap = self._heaps[segment]
+        return self._lowest_in(self._heaps[segment])
+
+    def _lowest_in(self, heap: _Heap) -> Entry | None:
         while heap and heap[0][2].version != heap[0][1]:
             heappop(heap)
         return heap[0][2] if heap else None
@@ -143,10 +159,16 @@ class LeafQueues(ABC):
             entry.evictable = yes
             self._update(entry)
 
+    def set_retention(self, key: Key, retention: int) -> None:
+        entry = self.entries[key]
+        entry.retention = retention
+        if entry.version:
+            self._push(entry)
+
     def propose(self, n: int, view: TreeView, candidate: Key | None = None) -> list[Key]:
         victims: list[Entry] = []
         while len(victims) < n and (entry := self._next(candidate)) is not None:
-            if self.spared(entry):
+            if not entry.retention and self.spared(entry):
                 continue
             victims.append(entry)
             if len(victims) < n:
@@ -167,11 +189,25 @@ class LeafQueues(ABC):
         entry.segment, entry.parent = GONE, None
         if not self.entries:
             self._heaps = [[] for _ in self.sizes]
+            self._retained.clear()
 
     # ------------------------------------------------------------------ the heaps
 
     def _next(self, candidate: Key | None) -> Entry | None:
-        """The lowest of the chosen segment; it stays in its heap."""
+        """The next to go; it stays in its heap."""
+        if not self._retained:
+            return self._next_ordinary(candidate)
+        for retention in sorted({0, *self._retained}):
+            if retention == 0:
+                found = self._next_ordinary(candidate)
+            elif (found := self._lowest_in(self._retained[retention])) is None:
+                del self._retained[retention]
+            if found is not None:
+                return found
+        return None
+
+    def _next_ordinary(self, candidate: Key | None) -> Entry | None:
+        """The lowest of the chosen segment."""
         chosen = self.lowest(self.choose(candidate))
         if chosen is not None or self.num_segments == 1:
             return chosen
@@ -205,10 +241,15 @@ class LeafQueues(ABC):
         self._version += 1
         entry.version = self._version
         heap = self._heaps[entry.segment]
+        if entry.retention:
+            heap = self._retained.setdefault(entry.retention, [])
         heappush(heap, (entry.rank, entry.version, entry))
         if len(heap) > 2 * len(self.entries) + 64:
             heap[:] = [item for item in heap if item[2].version == item[1]]
             heapify(heap)
+
+
+_Heap = list[tuple[Rank, int, Entry]]
 
 
 class LeafFirstPolicy(LeafQueues):

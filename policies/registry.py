@@ -46,6 +46,7 @@ _BUILT_IN: dict[str, dict[str, str]] = {
         "fcfs": "tierkv.policies.order:FcfsOrder",
         "priority": "tierkv.policies.order:PriorityOrder",
         "lpm": "tierkv.policies.order:LongestPrefixOrder",
+        "fair": "tierkv.policies.fair:FairOrder",
     },
     "victim": {
         "latest": "tierkv.policies.victim:LatestVictim",

@@ -6,9 +6,10 @@ Each has a real and a simulated implementation; the engine never knows which it 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tierkv.types import Move, MoveResult, RowResult, TierName
+from tierkv.types import BlockKey, Erasure, Move, MoveResult, RowResult, TierName
 
 if TYPE_CHECKING:
     from tierkv.engine.plan import Plan
@@ -54,8 +55,9 @@ class Mover(Protocol):
     """Copies blocks between tiers while the engine computes.
 
     Called from the engine's thread. Of moves that wait for the same link the more urgent one goes
-    first, equals in the order in which they began. The caller keeps every source unchanged and
-    every destination slot reserved until the move's result was polled.
+    first, equals in the order in which they began. The caller keeps every destination slot
+    reserved and every source unchanged until the move's result was polled, or until the move was
+    polled as released: then its slot in the pool, whichever end that is, may be used again.
     """
 
     def begin(self, moves: Sequence[Move]) -> None:
@@ -66,16 +68,58 @@ class Mover(Protocol):
         """Those that ended since the last call, each reported once."""
         ...
 
+    def poll_released(self) -> list[int]:
+        """Tickets of moves that go on but have no more to do with the pool, since the last call;
+        each at most once, and none whose result was polled."""
+        ...
+
+    def abandon(self, tickets: Sequence[int]) -> None:
+        """Nobody wants what these moves bring into the pool: they are released as soon as can be,
+        and end like any other."""
+        ...
+
+    def poll_erased(self) -> list[Erasure]:
+        """How erasures ended since the last call. An erasure that ended before a write into its
+        slot can be polled before the write's result can."""
+        ...
+
     def wait(self, timeout_s: float) -> None:
-        """Return when a result can be polled, or after `timeout_s` seconds."""
+        """Return when something can be polled, or after `timeout_s` seconds."""
         ...
 
     def erase(self, slots: Sequence[int]) -> None:
-        """Make slots of the persistent tier empty for good (in the background)."""
+        """Make slots of the persistent tier empty for good, in the background and before the
+        writes that begin after this."""
+        ...
+
+    def touch(self, slots: Sequence[int]) -> None:
+        """Blocks in these slots of the persistent tier were used; costs no I/O."""
+        ...
+
+    def is_quarantined(self, *, is_read: bool) -> bool:
+        """Whether reads from (or writes to) the persistent tier are refused for now, because too
+        many have failed."""
         ...
 
     def close(self) -> None:
         """End after the moves that have begun; more are not accepted. Idempotent."""
+        ...
+
+
+class BlockPort(Protocol):
+    """The bytes of blocks, for whoever stands outside the tiers. The engine's thread calls."""
+
+    def read(self, tier: TierName, slot: int, key: BlockKey) -> Future[bytes | None]:
+        """A block's bytes once they are there; None when the tier does not hold it (any more).
+        Memory answers at once."""
+        ...
+
+    def write(self, slot: int, payload: bytes) -> None:
+        """Let a block of the pool, which nobody reads, be these bytes."""
+        ...
+
+    def give_back(self) -> int:
+        """Let the system have the pool's memory, no block of which is wanted; returns bytes."""
         ...
 
 

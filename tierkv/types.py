@@ -16,6 +16,8 @@ class TierName(enum.Enum):
     CPU = "cpu"
     NVME = "nvme"
 
+    __hash__ = object.__hash__  # members are singletons; Enum's own hashes the name, in Python
+
 
 class FinishReason(enum.Enum):
     """Why a sequence ended (values as in the OpenAI API, plus `abort`)."""
@@ -93,6 +95,15 @@ class MoveResult:
     seconds: float
 
 
+@dataclass(slots=True, frozen=True)
+class Erasure:
+    """How making a slot of the persistent tier empty ended: `failure` is None when what was there
+    never comes back."""
+
+    slot: int
+    failure: MoveFailure | None
+
+
 PositionLogprobs = dict[int, Logprob]
 """Candidates at one position: token id -> Logprob; always holds the chosen token."""
 
@@ -102,11 +113,12 @@ class SampledToken:
     """What the sampler decided for one sequence.
 
     `logprobs` is None unless the request asked for them; with `logprobs=k` it holds the k best
-    and the chosen token.
+    and the chosen token. `ending` is set when a grammar says that the sequence ends here.
     """
 
     token_id: int
     logprobs: PositionLogprobs | None = None
+    ending: FinishReason | None = None
 
 
 @dataclass(slots=True)

@@ -20,13 +20,18 @@ from tierkv.policies import registry
 from tierkv.policies.base import AccessHint, EvictionPolicy, Key, Why
 from tierkv.policies.ghosts import Ghosts
 from tierkv.policies.leaf_first import Entry
+from tierkv.policies.shares import TenantShares
 
 HINT = AccessHint()
-NAMES = registry.known("eviction")
+SHARED = "shared:"  # a policy and another one for the blocks of a tenant
+NAMES = [*registry.known("eviction"), f"{SHARED}lru", f"{SHARED}s3fifo"]
 
 
 def make(name: str) -> EvictionPolicy:
     """The policy; `belady` gets a future in which the deeper is needed later, or never."""
+    if name.startswith(SHARED):
+        inner = name.removeprefix(SHARED)
+        return TenantShares(make(inner), lambda: make(inner), ["a", "b"])
     given: dict[str, Any] = {}
     if name == "belady":
         given["next_use"] = lambda key: float(key) if key % 3 else float("inf")
@@ -40,12 +45,19 @@ class Tree:
     def __init__(self) -> None:
         self.parents: dict[Key, Key | None] = {}
         self.evictable: set[Key] = set()
+        self.retention: dict[Key, int] = {}
 
     def parent(self, key: Key) -> Key | None:
         return self.parents[key]
 
     def children(self, key: Key) -> Iterable[Key]:
         return [child for child, parent in self.parents.items() if parent == key]
+
+    def lowest_retention(self, gone: Iterable[Key]) -> int:
+        """Of the blocks that could go now, once others are gone."""
+        free = self.evictable.difference(gone)
+        leaves = [key for key in free if set(self.children(key)) <= set(gone)]
+        return min(self.retention.get(key, 0) for key in leaves)
 
     def most_evictable(self) -> int:
         """How many blocks could go, leaf first, if all were asked for."""
@@ -115,6 +127,34 @@ def test_a_parent_may_leave_before_its_child(policy: EvictionPolicy) -> None:
     assert policy.propose(5, tree) == []
     policy.set_evictable(1, True)
     assert policy.propose(5, tree) == [1, 0]
+
+
+def test_what_is_to_be_kept_less_goes_first_and_more_last(policy: EvictionPolicy) -> None:
+    tree = Tree()
+    for key in range(8):
+        add(policy, tree, key, None, free=True)
+    for key, retention in ((6, 5), (1, -7), (2, -7), (3, 1000), (4, 5), (4, 0)):
+        policy.set_retention(key, retention)
+    assert set(policy.propose(2, tree)) == {1, 2}
+    found = policy.propose(8, tree)
+    assert set(found[2:6]) == {0, 4, 5, 7} and found[6:] == [6, 3]
+    policy.touch(6, HINT)
+    assert policy.propose(8, tree)[6:] == [6, 3], "a use changes nothing"
+    policy.forget(3, Why.EVICTED)
+    policy.insert(3, None, HINT)
+    policy.set_evictable(3, True)
+    assert policy.propose(8, tree)[7] == 6, "a block that comes back is like any other"
+
+
+def test_a_child_that_is_kept_keeps_its_ancestors(policy: EvictionPolicy) -> None:
+    tree = Tree()
+    for key in range(4):
+        add(policy, tree, key, key - 1 if key else None, free=True)
+    add(policy, tree, 9, None, free=True)
+    policy.set_retention(0, -5)
+    policy.set_retention(2, 5)
+    assert policy.propose(2, tree) in ([3, 9], [9, 3])
+    assert policy.propose(5, tree)[2:] == [2, 1, 0]
 
 
 def test_nothing_is_proposed_for_nothing(policy: EvictionPolicy) -> None:
@@ -187,7 +227,7 @@ class Machine(RuleBasedStateMachine):
         if key in self.tree.parents:
             return
         above = parent if parent < key and parent in self.tree.parents else None
-        hint = AccessHint(depth=depth, recompute_s=depth / 8)
+        hint = AccessHint(depth=depth, recompute_s=depth / 8, tenant=["", "a", "b"][key % 3])
         for policy in self.policies:
             policy.insert(key, above, hint)
         self.tree.parents[key] = above
@@ -207,6 +247,14 @@ class Machine(RuleBasedStateMachine):
         for policy in self.policies:
             policy.set_evictable(key, yes)
         (self.tree.evictable.add if yes else self.tree.evictable.discard)(key)
+
+    @precondition(lambda self: self.tree.parents)
+    @rule(data=st.data(), retention=st.sampled_from([-1, 0, 0, 1, 7]))
+    def set_retention(self, data: st.DataObject, retention: int) -> None:
+        key = data.draw(st.sampled_from(list(self.tree.parents)))
+        for policy in self.policies:
+            policy.set_retention(key, retention)
+        self.tree.retention[key] = retention
 
     @rule(n=st.integers(0, 40), candidate=st.none() | st.integers(0, 30))
     def propose(self, n: int, candidate: int | None) -> None:
@@ -233,6 +281,8 @@ class Machine(RuleBasedStateMachine):
             assert victim in self.tree.evictable
             assert victim not in victims[:place]
             assert set(self.tree.children(victim)) <= set(victims[:place])
+            lowest = self.tree.lowest_retention(victims[:place])
+            assert self.tree.retention.get(victim, 0) == lowest
         return victims
 
     def forget(self, key: Key, why: Why) -> None:
@@ -242,6 +292,7 @@ class Machine(RuleBasedStateMachine):
             self.tree.parents[child] = None
         del self.tree.parents[key]
         self.tree.evictable.discard(key)
+        self.tree.retention.pop(key, None)
 
     def teardown(self) -> None:
         for key in list(self.tree.parents):
@@ -249,6 +300,8 @@ class Machine(RuleBasedStateMachine):
         for part in parts(self.policies[0]):
             assert not isinstance(part, Ghosts) or len(part) <= 2 * self.peak
             assert not isinstance(part, Entry), part
+            if isinstance(part, dict):  # by tenant: policies, which are looked into themselves
+                part = {key: value for key, value in part.items() if not hasattr(value, "propose")}
             assert not isinstance(part, dict | set) or not part, part
 
 

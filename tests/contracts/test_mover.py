@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,19 +14,23 @@ import pytest
 from mover_worlds import (
     CPU,
     EVEN,
+    EXPECTED,
     GPU,
     NVME,
     ODD,
     PATIENCE_S,
     SLOTS,
+    AnsweringStore,
     LedgerWorld,
     Model,
     ThreadWorld,
     World,
+    block_the_link,
     finish,
     mem,
     move,
     pairs,
+    raising,
 )
 from store_blocks import key_of, open_nvme
 
@@ -35,10 +39,9 @@ from tierkv.cache.mover import ThreadMover
 from tierkv.cache.pools import GpuPool
 from tierkv.errors import InvariantError
 from tierkv.storage.arena import HostArena
-from tierkv.storage.base import BlockStore, Cause, Failure, Outcome, SlotRead, SlotWrite
+from tierkv.storage.base import BlockStore, Cause, Failure
 from tierkv.storage.faults import Fault, FaultPlan, FaultyStore
 from tierkv.storage.mem_store import MemStore
-from tierkv.storage.wrapper import StoreWrapper
 from tierkv.types import Move, MoveFailure, MovePriority, MoveResult
 
 
@@ -69,20 +72,6 @@ def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
     made.close()
 
 
-@pytest.fixture
-def worlds() -> Iterator[Callable[..., ThreadWorld]]:
-    """Makes worlds with threads; closed at the end."""
-    made: list[ThreadWorld] = []
-
-    def make(*args: object, **options: object) -> ThreadWorld:
-        made.append(ThreadWorld(*args, **options))  # type: ignore[arg-type]
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
 # ---------------------------------------------------------------------- every mover
 
 
@@ -110,7 +99,7 @@ def test_nothing_to_do(world: World) -> None:
 def test_thousands_of_moves_do_what_a_model_says(world: World) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
-    model = Model(world, seed)
+    model = Model(world, seed, abandons=True)
     end = time.monotonic() + 20
     while model.num_begun < 3000 and time.monotonic() < end:
         model.begin(model.rng.randint(1, 12))
@@ -128,35 +117,7 @@ def test_thousands_of_moves_do_what_a_model_says(world: World) -> None:
 # ---------------------------------------------------------------------- failures
 
 
-class AnsweringStore(StoreWrapper):
-    """Every write and read ends as it is told to."""
-
-    def __init__(self, inner: BlockStore, answer: Callable[[], Outcome]) -> None:
-        super().__init__(inner)
-        self._answer = answer
-
-    def write(self, batch: Sequence[SlotWrite]) -> list[Outcome]:
-        return [self._answer() for _ in batch]
-
-    def read(self, batch: Sequence[SlotRead]) -> list[Outcome]:
-        return [self._answer() for _ in batch]
-
-
-EXPECTED = {
-    Cause.NOT_FOUND: MoveFailure.LOST,
-    Cause.SHORT_READ: MoveFailure.LOST,
-    Cause.CORRUPT: MoveFailure.CORRUPT,
-    Cause.NO_SPACE: MoveFailure.NO_SPACE,
-    Cause.QUARANTINED: MoveFailure.UNAVAILABLE,
-    Cause.CLOSED: MoveFailure.UNAVAILABLE,
-    Cause.LATE: MoveFailure.LATE,
-    Cause.IO_ERROR: MoveFailure.IO_ERROR,
-}
 BOTH_WAYS = [move(1, 1, (GPU, 0), (NVME, 0)), move(2, 2, (NVME, 1), (GPU, 1))]
-
-
-def raising(error: BaseException) -> Outcome:
-    raise error
 
 
 @pytest.mark.parametrize("cause", Cause)
@@ -180,11 +141,10 @@ def test_a_bug_is_raised_where_the_engine_polls(index: int, worlds) -> None:
     world = worlds(EVEN, AnsweringStore(mem(), partial(raising, InvariantError("a bug"))))
     world.mover.begin([BOTH_WAYS[index]])
     start = time.monotonic()
-    world.mover.wait(PATIENCE_S)
-    assert time.monotonic() - start < PATIENCE_S / 2
     for _ in range(2):
         with pytest.raises(InvariantError, match="a bug"):
-            world.mover.poll()
+            finish(world.mover, 1)
+    assert time.monotonic() - start < PATIENCE_S / 2
     world.mover.close()
 
 
@@ -236,49 +196,6 @@ def test_what_a_store_is_told(worlds) -> None:
 
 
 # ---------------------------------------------------------------------- order and bounds
-
-
-class GatedStore(StoreWrapper):
-    """Calls wait until `opened`; remembers the slots of each."""
-
-    def __init__(self, inner: BlockStore) -> None:
-        super().__init__(inner)
-        self.entered, self.opened = threading.Event(), threading.Event()
-        self.batches: list[list[int]] = []
-
-    def write(self, batch: Sequence[SlotWrite]) -> list[Outcome]:
-        self._pass([write.slot for write in batch])
-        return self._inner.write(batch)
-
-    def read(self, batch: Sequence[SlotRead]) -> list[Outcome]:
-        self._pass([read.slot for read in batch])
-        return self._inner.read(batch)
-
-    def _pass(self, slots: list[int]) -> None:
-        self.batches.append(slots)
-        self.entered.set()
-        assert self.opened.wait(PATIENCE_S)
-
-
-@pytest.fixture
-def gated(worlds) -> Iterator[Callable[..., ThreadWorld]]:
-    """Makes worlds whose store waits; opened at the end."""
-    stores: list[GatedStore] = []
-
-    def make(**options: object) -> ThreadWorld:
-        stores.append(GatedStore(mem()))
-        return worlds(EVEN, stores[-1], **options)
-
-    yield make
-    for store in stores:
-        store.opened.set()
-
-
-def block_the_link(world: ThreadWorld, is_read: bool) -> None:
-    """One move that waits in the store, from or to its slot 0."""
-    ends = ((NVME, 0), (GPU, 0)) if is_read else ((GPU, 0), (NVME, 0))
-    world.mover.begin([move(0, 0, *ends)])
-    assert world.store.entered.wait(PATIENCE_S)
 
 
 @pytest.mark.parametrize("is_read", [False, True])
@@ -381,7 +298,7 @@ def test_closing_ends_the_threads(worlds) -> None:
 
     before = threads()
     world = worlds(EVEN, mem(), num_readers=3)
-    assert len(threads() - before) == 6
+    assert len(threads() - before) == 7
     world.mover.close()
     assert threads() == before
 

@@ -58,7 +58,7 @@ def test_a_block_is_brought_up_once_for_its_next_use() -> None:
     chats = Chats(cpu_blocks=200)
     chats.play()
     metrics = chats.core.metrics()
-    assert metrics["prefetched_blocks"] > 0
+    assert metrics["prefetch_issued"] > 0
     assert moved(chats.core, "cpu_gpu") <= most_needed()
     assert metrics["recomputed_tokens"] == 0
 
@@ -90,5 +90,20 @@ def test_blocks_of_the_queue_are_staged_from_nvme_in_half_of_the_cpu_tier() -> N
 def test_without_a_prefetch_policy_nothing_is_brought_up_early() -> None:
     chats = Chats(cpu_blocks=200, nvme_blocks=400, prefetch_policy="none")
     chats.play()
-    assert chats.core.metrics()["prefetched_blocks"] == 0
+    assert chats.core.metrics()["prefetch_issued"] == 0
     assert moved(chats.core, "nvme_cpu") == 0
+
+
+def test_loads_and_recomputations_are_compared_with_what_they_were_expected_to_take() -> None:
+    loading = Chats(cpu_blocks=200, prefetch_policy="none")
+    loading.play()
+    metrics = loading.core.metrics()
+    assert metrics["load_predicted_s"] > 0
+    assert metrics["load_actual_s"] > 0
+    assert metrics["recompute_actual_s"] == 0
+    computing = Chats(cpu_blocks=200, prefetch_policy="none", load_policy="recompute")
+    computing.play()
+    metrics = computing.core.metrics()
+    assert metrics["load_actual_s"] == 0
+    assert metrics["recompute_predicted_s"] > 0
+    assert metrics["recompute_actual_s"] > 0

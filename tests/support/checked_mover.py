@@ -9,7 +9,7 @@ from tierkv.cache.pools import GpuPool
 from tierkv.protocols import Mover
 from tierkv.storage.arena import HostArena
 from tierkv.storage.base import DONE, BlockStore, SlotRead
-from tierkv.types import Move, MoveResult, TierName
+from tierkv.types import Erasure, Move, MoveResult, TierName
 
 
 class CheckedMover:
@@ -25,6 +25,7 @@ class CheckedMover:
     ) -> None:
         self._inner, self._pool, self._arena, self._store = inner, pool, arena, store
         self._moves: dict[int, Move] = {}
+        self._sources: dict[int, bytes | None] = {}
         self.compared: Counter[tuple[TierName, TierName]] = Counter()
 
     def begin(self, moves: Sequence[Move]) -> None:
@@ -35,12 +36,24 @@ class CheckedMover:
         results = self._inner.poll()
         for result in results:
             move = self._moves.pop(result.ticket)
+            if result.ticket in self._sources:
+                source = self._sources.pop(result.ticket)
+            else:
+                source = self._bytes(move.source, move.source_slot, move.key)
             if result.failure is None:
-                self._compare(move)
+                self._compare(move, source)
         return results
 
-    def _compare(self, move: Move) -> None:
-        source = self._bytes(move.source, move.source_slot, move.key)
+    def poll_released(self) -> list[int]:
+        released = self._inner.poll_released()
+        for ticket in released:  # from now on the source may change
+            move = self._moves[ticket]
+            if move.source is not TierName.GPU:
+                continue
+            self._sources[ticket] = self._bytes(move.source, move.source_slot, move.key)
+        return released
+
+    def _compare(self, move: Move, source: bytes | None) -> None:
         destination = self._bytes(move.destination, move.destination_slot, move.key)
         if source is not None and destination is not None:
             assert source == destination, f"{move} arrived with other bytes"
@@ -62,8 +75,20 @@ class CheckedMover:
     def wait(self, timeout_s: float) -> None:
         self._inner.wait(timeout_s)
 
+    def abandon(self, tickets: Sequence[int]) -> None:
+        self._inner.abandon(tickets)
+
+    def poll_erased(self) -> list[Erasure]:
+        return self._inner.poll_erased()
+
     def erase(self, slots: Sequence[int]) -> None:
         self._inner.erase(slots)
+
+    def touch(self, slots: Sequence[int]) -> None:
+        self._inner.touch(slots)
+
+    def is_quarantined(self, *, is_read: bool) -> bool:
+        return self._inner.is_quarantined(is_read=is_read)
 
     def close(self) -> None:
         self._inner.close()

@@ -7,6 +7,9 @@ is a function of the history alone: any scheduler, pool size or policy must give
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from typing import Any
+
 from tierkv.cache.lower_tiers import MoveLimits
 from tierkv.config import EngineConfig
 from tierkv.engine.core import EngineCore, EngineInfo, LowerTierSetup, lower_specs
@@ -108,6 +111,34 @@ class Ledger:
         self.forgotten.append(seq_id)
 
 
+class LedgerPort:
+    """A `BlockPort`: a position is 8 bytes of its history.
+
+    Attributes:
+        num_given_back: how often the pool was emptied.
+    """
+
+    def __init__(self, ledger: Ledger, mover: Any) -> None:
+        self._ledger, self._mover = ledger, mover
+        self.num_given_back = 0
+
+    def read(self, tier: TierName, slot: int, key: bytes) -> Future[bytes | None]:
+        rows = self._ledger.pool if tier is TierName.GPU else self._mover.tiers[tier]
+        found: Future[bytes | None] = Future()
+        found.set_result(b"".join((state or 0).to_bytes(8, "big") for state in rows[slot]))
+        return found
+
+    def write(self, slot: int, payload: bytes) -> None:
+        states = [int.from_bytes(payload[i : i + 8], "big") for i in range(0, len(payload), 8)]
+        self._ledger.pool[slot][:] = states
+
+    def give_back(self) -> int:
+        self.num_given_back += 1
+        for row in self._ledger.pool:
+            row[:] = [None] * len(row)
+        return 8 * self._ledger.block_size * len(self._ledger.pool)
+
+
 def ledger_engine(
     *,
     num_blocks: int = 64,
@@ -128,6 +159,7 @@ def ledger_engine(
         options["offload"] = ",".join(name.value for name in capacities)
     config = EngineConfig.from_mapping({"block_size": block_size, **options})
     tiers = _lower_tiers(config, capacities, ledger, clock, mover or {}, limits)
+    port = LedgerPort(ledger, tiers.mover if tiers is not None else None)
     info = EngineInfo(
         model="ledger",
         tokenizer="",
@@ -139,8 +171,10 @@ def ledger_engine(
         dtype="float32",
         device="cpu",
         window=window,
+        layout="ledger",
+        block_bytes=8 * block_size,
     )
-    return EngineCore(config, info, ledger, ledger, clock, tiers), ledger, clock
+    return EngineCore(config, info, ledger, ledger, clock, tiers, port=port), ledger, clock
 
 
 def _lower_tiers(

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from ledger import Ledger, ManualClock
 
-from tierkv.types import Move, MoveFailure, MoveResult, TierName
+from tierkv.types import Erasure, Move, MoveFailure, MoveResult, TierName
 
-GPU = TierName.GPU
-Rows = list[list[int | None]]
+GPU, NVME = TierName.GPU, TierName.NVME
+Row = list[int | None]
 
 
 class LedgerMover:
@@ -22,6 +22,7 @@ class LedgerMover:
         seed: of which moves end when.
         failures: share of moves that fail.
         is_eager: every move ends at the next poll.
+        is_ordered: moves end in the order in which they began.
     """
 
     def __init__(
@@ -32,23 +33,31 @@ class LedgerMover:
         seed: int = 0,
         failures: float = 0.0,
         is_eager: bool = False,
+        is_ordered: bool = False,
     ) -> None:
-        empty: list[int | None] = [None] * ledger.block_size
-        self.tiers: dict[TierName, Rows] = {
+        empty: Row = [None] * ledger.block_size
+        self.tiers: dict[TierName, list[Row]] = {
             name: [list(empty) for _ in range(count)] for name, count in capacities.items()
         }
         self.tiers[GPU] = ledger.pool
         self.pending: list[Move] = []
         self.erased: list[int] = []
+        self.touched: list[int] = []
+        self._staged: dict[int, Row] = {}
+        self._abandoned: set[int] = set()
+        self._given_up: set[int] = set()
+        self._erasures: list[Erasure] = []
         self._results: list[MoveResult] = []
         self._clock = clock
         self._random = random.Random(seed)
         self._failures = failures
         self._is_eager = is_eager
+        self._is_ordered = is_ordered
 
     def begin(self, moves: Sequence[Move]) -> None:
         self.pending.extend(moves)
-        self._random.shuffle(self.pending)
+        if not self._is_ordered:
+            self._random.shuffle(self.pending)
 
     def poll(self) -> list[MoveResult]:
         count = len(self.pending) if self._is_eager else self._random.randint(0, len(self.pending))
@@ -57,14 +66,38 @@ class LedgerMover:
         self._results = []
         return results
 
+    def poll_released(self) -> list[int]:
+        """Some of what goes from the pool to the disk is staged, and the rest is not yet."""
+        released = []
+        for move in self.pending:
+            can_be = (move.source, move.destination) == (GPU, NVME)
+            if can_be and move.ticket not in self._staged and self._random.random() < 0.5:
+                self._staged[move.ticket] = list(self.tiers[GPU][move.source_slot])
+                released.append(move.ticket)
+            elif move.ticket in self._abandoned and self._random.random() < 0.5:
+                self._abandoned.remove(move.ticket)
+                self._given_up.add(move.ticket)
+                released.append(move.ticket)
+        return released
+
+    def abandon(self, tickets: Sequence[int]) -> None:
+        self._abandoned.update(set(tickets) - self._given_up)
+
+    def poll_erased(self) -> list[Erasure]:
+        erasures, self._erasures = self._erasures, []
+        return erasures
+
     def _copy(self, move: Move) -> MoveResult:
+        staged = self._staged.pop(move.ticket, None)
+        if move.ticket in self._given_up:
+            return MoveResult(move.ticket, MoveFailure.LATE, 0.01)
         if self._random.random() < self._failures:
             self._spoil(move)
             kinds = [MoveFailure.IO_ERROR, MoveFailure.CORRUPT]
             if move.source is GPU:
                 kinds = [MoveFailure.NO_SPACE, MoveFailure.UNAVAILABLE]
             return MoveResult(move.ticket, self._random.choice(kinds), 0.01)
-        data = self.tiers[move.source][move.source_slot]
+        data = staged or self.tiers[move.source][move.source_slot]
         self.tiers[move.destination][move.destination_slot][:] = data
         return MoveResult(move.ticket, None, 0.01)
 
@@ -80,6 +113,13 @@ class LedgerMover:
 
     def erase(self, slots: Sequence[int]) -> None:
         self.erased.extend(slots)
+        self._erasures.extend(Erasure(slot, None) for slot in dict.fromkeys(slots))
+
+    def touch(self, slots: Sequence[int]) -> None:
+        self.touched.extend(slots)
+
+    def is_quarantined(self, *, is_read: bool) -> bool:
+        return False
 
     def close(self) -> None:
         self.pending.clear()

@@ -51,6 +51,17 @@ class LiveApp:
 def live_app(directory: Path, settings: AppSettings, **options: Any) -> Iterator[LiveApp]:
     """Serve the model in `directory` on a thread; everything is gone afterwards."""
     engine = AsyncLLM.from_options(model=str(directory), **options)
+    try:
+        with served(engine, settings) as app:
+            yield app
+    finally:
+        engine.shutdown()
+
+
+@contextmanager
+def served(engine: AsyncLLM, settings: AppSettings) -> Iterator[LiveApp]:
+    """An application over `engine`, on a thread; the engine's former one goes on afterwards."""
+    former_watch = engine.make_watch
     listener = bind("127.0.0.1", 0)
     config = uvicorn.Config(make_app(engine, settings), log_level="warning", lifespan="off")
     server = uvicorn.Server(config)
@@ -67,4 +78,4 @@ def live_app(directory: Path, settings: AppSettings, **options: Any) -> Iterator
         server.should_exit = True
         thread.join(PATIENCE_S)
         listener.close()
-        engine.shutdown()
+        engine.make_watch = former_watch

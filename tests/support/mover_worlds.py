@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -18,15 +19,26 @@ from tierkv.cache.mover import ThreadMover
 from tierkv.cache.pools import GpuPool
 from tierkv.protocols import Mover
 from tierkv.storage.arena import HostArena
-from tierkv.storage.base import DONE, BlockStore, SlotWrite
+from tierkv.storage.base import DONE, BlockStore, Cause, Outcome, SlotRead, SlotWrite
 from tierkv.storage.mem_store import MemStore
-from tierkv.types import Move, MovePriority, MoveResult, TierName
+from tierkv.storage.wrapper import StoreWrapper
+from tierkv.types import Move, MoveFailure, MovePriority, MoveResult, TierName
 
 GPU, CPU, NVME = TierName.GPU, TierName.CPU, TierName.NVME
 SLOTS = 24
 EVEN = KVLayout(2, 2, 32, 16, "bfloat16")  # 8192 bytes: a slot's size
 ODD = KVLayout(2, 1, 24, 16, "float32")  # 6144 bytes: padded, so staged
 PATIENCE_S = 60.0
+EXPECTED = {
+    Cause.NOT_FOUND: MoveFailure.LOST,
+    Cause.SHORT_READ: MoveFailure.LOST,
+    Cause.CORRUPT: MoveFailure.CORRUPT,
+    Cause.NO_SPACE: MoveFailure.NO_SPACE,
+    Cause.QUARANTINED: MoveFailure.UNAVAILABLE,
+    Cause.CLOSED: MoveFailure.UNAVAILABLE,
+    Cause.LATE: MoveFailure.LATE,
+    Cause.IO_ERROR: MoveFailure.IO_ERROR,
+}
 
 payload = lru_cache(maxsize=4096)(payload_of)
 
@@ -97,6 +109,62 @@ class LedgerWorld:
         self.mover.close()
 
 
+class AnsweringStore(StoreWrapper):
+    """Every write, read and erasure ends as it is told to."""
+
+    def __init__(self, inner: BlockStore, answer: Callable[[], Outcome]) -> None:
+        super().__init__(inner)
+        self._answer = answer
+
+    def write(self, batch: Sequence[SlotWrite]) -> list[Outcome]:
+        return [self._answer() for _ in batch]
+
+    def read(self, batch: Sequence[SlotRead]) -> list[Outcome]:
+        return [self._answer() for _ in batch]
+
+    def erase(self, slots: Sequence[int]) -> list[Outcome]:
+        return [self._answer() for _ in slots]
+
+
+class GatedStore(StoreWrapper):
+    """Calls wait until `opened`; remembers the slots of each."""
+
+    def __init__(self, inner: BlockStore) -> None:
+        super().__init__(inner)
+        self.entered, self.opened = threading.Event(), threading.Event()
+        self.batches: list[list[int]] = []
+
+    def write(self, batch: Sequence[SlotWrite]) -> list[Outcome]:
+        self._pass([write.slot for write in batch])
+        return self._inner.write(batch)
+
+    def read(self, batch: Sequence[SlotRead]) -> list[Outcome]:
+        self._pass([read.slot for read in batch])
+        return self._inner.read(batch)
+
+    def close_gate(self) -> None:
+        """As new."""
+        self.entered.clear()
+        self.opened.clear()
+        self.batches.clear()
+
+    def _pass(self, slots: list[int]) -> None:
+        self.batches.append(slots)
+        self.entered.set()
+        assert self.opened.wait(PATIENCE_S)
+
+
+def block_the_link(world: ThreadWorld, is_read: bool) -> None:
+    """One move that waits in the store, from or to its slot 0."""
+    ends = ((NVME, 0), (GPU, 0)) if is_read else ((GPU, 0), (NVME, 0))
+    world.mover.begin([move(0, 0, *ends)])
+    assert world.store.entered.wait(PATIENCE_S)
+
+
+def raising(error: BaseException) -> Outcome:
+    raise error
+
+
 World = ThreadWorld | LedgerWorld
 
 
@@ -121,6 +189,7 @@ def finish(mover: Mover, count: int) -> list[MoveResult]:
     end = time.monotonic() + PATIENCE_S
     while len(results) < count:
         mover.wait(1.0)
+        mover.poll_released()
         results += mover.poll()
         assert time.monotonic() < end, f"{len(results)} of {count} moves ended"
     return results
@@ -131,15 +200,22 @@ def pairs(tiers: Sequence[TierName]) -> list[tuple[TierName, TierName]]:
 
 
 class Model:
-    """What each slot of a world must hold, and which are in use by moves that have not ended."""
+    """What each slot of a world must hold, and which are in use by moves that have not ended.
 
-    def __init__(self, world: World, seed: int) -> None:
+    Args:
+        abandons: now and then nobody wants what is on its way from the store to the pool.
+    """
+
+    def __init__(self, world: World, seed: int, *, abandons: bool = False) -> None:
+        self._abandons = abandons
         self.world, self.rng = world, random.Random(seed)
         self.held: dict[tuple[TierName, int], int] = {}
         self.readers: Counter[tuple[TierName, int]] = Counter()
         self.filling: set[tuple[TierName, int]] = set()
         self.moves: dict[int, Move] = {}
         self.numbers: dict[int, int] = {}
+        self.released: set[int] = set()
+        self.abandoned: set[int] = set()
         self.num_begun = 0
         for number in range(SLOTS // 2):
             world.fill(GPU, number, number)
@@ -150,15 +226,43 @@ class Model:
         self.world.mover.begin(moves)
 
     def poll(self) -> list[MoveResult]:
-        results = self.world.mover.poll()
+        for ticket in self.world.mover.poll_released():
+            self._spoil(self.moves[ticket])  # a KeyError: released after its end
+            self.released.add(ticket)
+        results = self._ended(self.world.mover.poll())
+        loads = [t for t, m in self.moves.items() if m.destination is GPU and m.source is NVME]
+        if self._abandons and loads and self.rng.random() < 0.1:
+            chosen = self.rng.sample(loads, self.rng.randint(1, len(loads)))
+            self.abandoned.update(chosen)
+            self.world.mover.abandon(chosen)
+        return results
+
+    def _ended(self, results: list[MoveResult]) -> list[MoveResult]:
+        """Results without those of moves that were given up."""
         for result in results:
             done = self.moves.pop(result.ticket)  # a KeyError: reported twice
-            self.readers[done.source, done.source_slot] -= 1
+            if done.destination is GPU or result.ticket not in self.released:
+                self.readers[done.source, done.source_slot] -= 1
             place = (done.destination, done.destination_slot)
+            if done.destination is GPU and result.ticket in self.released:
+                assert result.failure is MoveFailure.LATE
+                continue
             self.filling.remove(place)
             if result.failure is None:
                 self.held[place] = self.numbers[result.ticket]
-        return results
+        return [result for result in results if result.ticket not in self.abandoned]
+
+    def _spoil(self, move: Move) -> None:
+        """The move's slot in the pool was released: other bytes go there unless others read it."""
+        place = (move.source, move.source_slot)
+        if move.destination is GPU:
+            place = (move.destination, move.destination_slot)
+            self.filling.remove(place)
+        else:
+            self.readers[place] -= 1
+        if not self.readers[place]:
+            number = self.held[place] = self.rng.randrange(SLOTS, 2 * SLOTS)
+            self.world.fill(*place, number)
 
     def drain(self) -> list[MoveResult]:
         results = []

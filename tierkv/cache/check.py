@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tierkv.cache.holder import BlockHolder
+from tierkv.cache.kept import is_bound
 from tierkv.cache.prefix_tree import Block
 from tierkv.cache.residency import CopyState
-from tierkv.cache.tiered_cache import CPU, GPU, NVME, TieredCache, held_blocks
+from tierkv.cache.tiered_cache import CPU, GPU, NVME, TieredCache
 from tierkv.errors import InvariantError
 
 
@@ -18,13 +19,14 @@ def check_cache(cache: TieredCache, sequences: Sequence[BlockHolder]) -> None:
     Args:
         sequences: all that may hold blocks (no copy-on-write may be in flight).
     """
-    held = held_blocks(sequences)
+    held = [block for seq in sequences for block in seq.blocks if block is not None]
     found = [*cache.tree, *held, *cache.tails.blocks]
     blocks = list({id(block): block for block in found}.values())
     _check_slots(cache, blocks)
     _check_pins(blocks, held)
     _check_readers(cache, blocks)
     _check_evictable(cache)
+    _check_shares(cache, blocks)
     _check_tree(cache)
     _check_tables(cache, sequences)
 
@@ -36,16 +38,24 @@ def _require(law: bool, message: str) -> None:
 
 def _check_slots(cache: TieredCache, blocks: list[Block]) -> None:
     """empty + filling + ready + draining == capacity, and no slot has two owners."""
-    late = [] if cache.moves is None else [t for t in cache.moves.tickets.values() if t.is_late]
+    moving = [] if cache.moves is None else [*cache.moves.tickets.values()]
     for name, tier in cache.residency.tiers.items():
         copies = [block.copies[name] for block in blocks if name in block.copies]
-        copies += [ticket.copy for ticket in late if ticket.move.destination is name]
+        copies += [
+            ticket.copy
+            for ticket in moving
+            if ticket.is_late and not ticket.is_released and ticket.move.destination is name
+        ]
         states = Counter(copy.state for copy in copies)
         for state in (CopyState.FILLING, CopyState.READY, CopyState.DRAINING):
             _require(tier.counts[state] == states[state], f"{name.value}: {state} miscounted")
         _require(tier.counts[CopyState.EMPTY] == tier.num_empty, f"{name.value}: empty miscounted")
         slots = [copy.slot for copy in copies] + tier.empty_slots
         _require(sorted(slots) == list(range(tier.capacity)), f"{name.value}: a slot leaked")
+        noted = bytearray(tier.capacity)
+        for copy in copies:
+            noted[copy.slot] = copy.state.code if isinstance(copy.state, CopyState) else 0
+        _require(noted == tier.slot_states, f"{name.value}: a slot's state is not its copy's")
 
 
 def _check_pins(blocks: list[Block], held: list[Block]) -> None:
@@ -58,7 +68,7 @@ def _check_pins(blocks: list[Block], held: list[Block]) -> None:
 def _check_readers(cache: TieredCache, blocks: list[Block]) -> None:
     """Every copy is held once for each move that reads it, and holds its ancestors in the pool."""
     tickets = [] if cache.moves is None else list(cache.moves.tickets.values())
-    reading = Counter((id(t.block), t.move.source) for t in tickets)
+    reading = Counter((id(t.block), t.move.source) for t in tickets if t.holds_source)
     for block in blocks:
         for tier, copy in block.copies.items():
             _require(copy.readers == reading[id(block), tier], "readers miscounted")
@@ -74,7 +84,7 @@ def _check_evictable(cache: TieredCache) -> None:
         free = sum(copy.is_evictable for _, copy in copies)
         _require(evictor.num_evictable == free, f"{tier.value}: evictable blocks miscounted")
         for block, copy in copies:
-            is_free = copy.is_listed and not copy.readers
+            is_free = copy.is_listed and not copy.readers and not is_bound(block, tier)
             if tier is GPU:
                 is_free = is_free and not block.pins and not block.busy
                 _require(
@@ -87,6 +97,25 @@ def _check_evictable(cache: TieredCache) -> None:
             else:
                 _require(copy.is_listed == (copy.state is CopyState.READY), "not listed")
             _require(copy.is_evictable == is_free, f"{tier.value}: wrongly evictable")
+
+
+def _check_shares(cache: TieredCache, blocks: list[Block]) -> None:
+    """Every copy of an owner's block counts for it once, and is among those it can give up."""
+    counted = Counter(
+        (id(b.owner), tier) for b in blocks if b.owner is not None for tier in b.copies
+    )
+    for share in cache.shares.values():
+        for tier in cache.evictors:
+            count = counted.pop((id(share), tier), 0)
+            _require(share.counts[tier] == count, f"{share.tenant}: {tier.value} copies miscounted")
+    _require(not counted, "a block's owner is nobody's share")
+    for tier, evictor in cache.evictors.items():
+        listed = [b for b in cache.tree if tier in b.copies and b.copies[tier].is_listed]
+        for block in listed if evictor.shares is not None else []:
+            is_owned = evictor.shares is not None and block.key in evictor.shares
+            _require(
+                is_owned == (block.owner is not None), f"{tier.value}: an owner's block is not"
+            )
 
 
 def _check_tree(cache: TieredCache) -> None:
@@ -111,6 +140,8 @@ def _check_reachable(cache: TieredCache, block: Block, parent: Block) -> None:
     if cache.moves is not None and (cache.moves.num_lost or cache.tree.num_joined):
         return  # a lower tier lost bytes: what came after them waits to be reached again
     held = {tier for tier, copy in block.copies.items() if copy.state is not CopyState.FILLING}
+    if GPU in held and block.copies[GPU].state is CopyState.DRAINING:
+        held.discard(GPU)  # it may have come from outside and lost its parent: then it is refused
     _require(not held or bool(parent.copies), "a block is unreachable")
     if GPU in held and block.copies[GPU].is_listed:
         _require(GPU in parent.copies, "a pool block's parent is not in the pool")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import takewhile
+
 from tierkv.cache.holder import BlockHolder
 from tierkv.types import BlockKey
 
@@ -16,6 +19,10 @@ class Claims:
         """Whether a sequence other than `seq` is about to compute the block."""
         owner = self._owners.get(key)
         return owner is not None and owner is not seq
+
+    def num_pending(self, seq: BlockHolder, first: int) -> int:
+        """How many of its blocks from `first` on, without a gap, others are about to compute."""
+        return sum(1 for _ in takewhile(partial(self.is_claimed, seq), seq.block_keys[first:]))
 
     def claim(self, seq: BlockHolder, block_size: int) -> None:
         """Tell others which of its known full blocks this sequence will compute: all but those

@@ -8,12 +8,16 @@ lower tier holds may have its ancestors in another tier.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
+from tierkv.cache.hints import BlockCosts
+from tierkv.cache.kept import is_bound, retention
 from tierkv.cache.prefix_tree import Block, PrefixTree
 from tierkv.cache.residency import CopyState, Residency
+from tierkv.cache.shares import Share
 from tierkv.errors import InvariantError
 from tierkv.policies.base import AccessHint, EvictionPolicy, Why
+from tierkv.policies.shares import TenantShares
 from tierkv.types import BlockKey, TierName
 
 GPU, CPU, NVME = TierName.GPU, TierName.CPU, TierName.NVME
@@ -42,8 +46,16 @@ class Evictor:
         tier: whose copies.
         policy: ranks them.
         tree, residency: where blocks and states are.
+        peers: the evictors of all tiers; of a marked block that comes or goes they are told.
         is_chained: copies go leaf first (False when every layer has a window: then blocks are
             held without their ancestors).
+        costs: for policies that weigh what a block costs.
+
+    Attributes:
+        touched: of the persistent tier, slots of blocks used since `take_touched`.
+        num_unused: prefetched copies that left the tier before anyone used them.
+        left_slots: of the persistent tier, those where a dropped copy's bytes may still be.
+        policy: ranks them; where tenants have quotas it is `shares`, around what was given.
     """
 
     def __init__(
@@ -52,17 +64,24 @@ class Evictor:
         policy: EvictionPolicy,
         tree: PrefixTree,
         residency: Residency,
-        *,
+        peers: Mapping[TierName, Evictor],
         is_chained: bool,
+        costs: BlockCosts | None = None,
     ) -> None:
         self.tier = tier
         self.num_evictable = 0
         self.num_evicted = 0
-        self._policy = policy
+        self.num_unused = 0
+        self.left_slots: set[int] = set()
+        self.touched: set[int] = set()
+        self.policy = policy
+        self.shares: TenantShares | None = None
+        self._costs = costs if policy.uses_cost else None
         self._tree = tree
         self._view = TreeViewOf(tree)
         self._residency = residency
         self._is_chained = is_chained
+        self._peers = peers
 
     # ------------------------------------------------------------------ what the policy is told
 
@@ -76,9 +95,7 @@ class Evictor:
                 key = parent.key
             elif self.tier is GPU:
                 return  # it follows its parent
-        block.copies[self.tier].is_listed = True
-        self._policy.insert(block.key, key, hint)
-        self.refresh(block)
+        self._list(block, key, hint)
         if self.tier is GPU and self._is_chained and block.children:
             self._enter_children(block, hint)
 
@@ -89,27 +106,45 @@ class Evictor:
             child = pending.pop()
             copy = child.copies.get(self.tier)
             if copy is not None and copy.state is CopyState.READY and not copy.is_listed:
-                copy.is_listed = True
                 assert child.parent is not None
-                self._policy.insert(child.key, child.parent.key, hint)
-                self.refresh(child)
+                self._list(child, child.parent.key, hint)
                 pending.extend(child.children.values())
+
+    def _list(self, block: Block, parent: BlockKey | None, hint: AccessHint) -> None:
+        block.copies[self.tier].is_listed = True
+        self.policy.insert(block.key, parent, self._priced(block, hint))
+        self.refresh(block)
+        if block.kept is not None:
+            self._renew_all(block)
 
     def touch(self, block: Block, hint: AccessHint) -> None:
         """The block was used."""
         copy = block.copies.get(self.tier)
         if copy is not None and copy.is_listed:
-            self._policy.touch(block.key, hint)
+            self.policy.touch(block.key, self._priced(block, hint))
+            if self.tier is NVME and not hint.ends_use:
+                self.touched.add(copy.slot)
+
+    def take_touched(self) -> set[int]:
+        """Slots of blocks used since the last call."""
+        touched, self.touched = self.touched, set()
+        return touched
+
+    def _priced(self, block: Block, hint: AccessHint) -> AccessHint:
+        return hint if self._costs is None else self._costs.priced(hint, block, self.tier)
 
     def leave(self, block: Block, why: Why) -> None:
         """The copy is about to be dropped or drained."""
         copy = block.copies[self.tier]
+        if copy.is_prefetched:
+            copy.is_prefetched = False
+            self.num_unused += 1
         if copy.is_listed:
             copy.is_listed = False
             if copy.is_evictable:
                 copy.is_evictable = False
                 self.num_evictable -= 1
-            self._policy.forget(block.key, why)
+            self.policy.forget(block.key, why)
 
     def refresh(self, block: Block) -> None:
         """Tell the policy if what it believes of the copy has changed."""
@@ -117,17 +152,49 @@ class Evictor:
         free = copy.is_listed and not copy.readers
         if self.tier is GPU:
             free = free and not (block.pins or block.busy)
+        elif block.kept is not None:
+            free = free and not is_bound(block, self.tier)
         if free is not copy.is_evictable:
             copy.is_evictable = free
             self.num_evictable += 1 if free else -1
-            self._policy.set_evictable(block.key, free)
+            self.policy.set_evictable(block.key, free)
+
+    def renew(self, block: Block) -> None:
+        """How long the block is wanted has changed, or where its other copies are."""
+        if block.copies[self.tier].is_listed:
+            self.policy.set_retention(block.key, retention(block, self.tier))
+            self.refresh(block)
+
+    def _renew_all(self, block: Block) -> None:
+        for tier in block.copies:
+            self._peers[tier].renew(block)
+
+    def adopt(self, block: Block, hint: AccessHint) -> None:
+        """The block, which is here already, has got an owner; its parent has had one."""
+        copy = block.copies[self.tier]
+        if self.shares is None or not copy.is_listed:
+            return
+        self.shares.adopt(
+            block.key,
+            block.parent.key if block.parent is not None else None,
+            self._priced(block, hint),
+            evictable=copy.is_evictable,
+            retention=retention(block, self.tier),
+        )
 
     # ------------------------------------------------------------------ who may leave
 
-    def victims(self, n: int, candidate: BlockKey | None = None) -> list[Block]:
-        """Up to `n` blocks whose copies may be dropped now, cheapest loss first."""
+    def victims(
+        self, n: int, candidate: BlockKey | None = None, owner: Share | None = None
+    ) -> list[Block]:
+        """Up to `n` blocks whose copies may be dropped now, cheapest loss first; with an owner, of
+        its own."""
+        if owner is None or self.shares is None:
+            keys = self.policy.propose(n, self._view, candidate)
+        else:
+            keys = self.shares.propose_own(owner.tenant, n, self._view)
         found = []
-        for key in self._policy.propose(n, self._view, candidate):
+        for key in keys:
             block = self._tree.get(key) if isinstance(key, bytes) else None
             copy = block.copies.get(self.tier) if block is not None else None
             if block is None or copy is None or not copy.is_evictable:
@@ -146,9 +213,13 @@ class Evictor:
     def drop(self, block: Block, why: Why) -> None:
         """Drop the copy, and the node if nothing else needs it."""
         self.leave(block, why)
+        if self.tier is NVME:
+            self.left_slots.add(block.copies[NVME].slot)
         self._residency.drop(block, self.tier)
         if why is Why.EVICTED:
             self.num_evicted += 1
+        if block.kept is not None:
+            self._renew_all(block)
         self.prune(block)
 
     def prune(self, block: Block) -> None:

@@ -5,7 +5,27 @@ from __future__ import annotations
 from typing import Protocol
 
 from tierkv.cache.prefix_tree import Block
+from tierkv.cache.shares import Share
 from tierkv.types import BlockKey
+
+
+class Wishes(Protocol):
+    """What a sequence's request says of its KV; `engine.kv_hints.KvHints` is one."""
+
+    @property
+    def ttl(self) -> float | None: ...
+
+    @property
+    def priority(self) -> int: ...
+
+    @property
+    def no_store(self) -> bool: ...
+
+    @property
+    def session_id(self) -> str: ...
+
+    @property
+    def turn(self) -> str: ...
 
 
 class BlockHolder(Protocol):
@@ -34,4 +54,21 @@ class BlockHolder(Protocol):
     def cache_salt(self) -> str: ...
 
     @property
+    def hints(self) -> Wishes | None: ...
+
+    @property
+    def tenant(self) -> str: ...
+
+    @property
+    def turn(self) -> int: ...
+
+    @property
+    def owner(self) -> Share | None: ...
+
+    @property
     def priority(self) -> int: ...
+
+
+def is_stored(seq: BlockHolder) -> bool:
+    """Whether others may find what the sequence computes."""
+    return seq.hints is None or not seq.hints.no_store

@@ -26,6 +26,12 @@ class Loads:
         moves, pool, tails: of the cache.
         truncate: makes a sequence give up its blocks from an index on.
         timeout_s: after it a load is a miss.
+
+    Attributes:
+        num_joined: waits for a load that had begun before.
+        num_prefetched: loads begun for later; of them `num_prefetched_late` that somebody had to
+            wait for, and `num_prefetched_lost` that did not arrive.
+        num_tails: swapped sequences that got their last block back.
     """
 
     def __init__(
@@ -43,7 +49,11 @@ class Loads:
         self._timeout_s = timeout_s
         self.num_joined = 0
         self.num_prefetched = 0
+        self.num_prefetched_late = 0
+        self.num_prefetched_lost = 0
         self.num_tails = 0
+        self._expected: dict[int, tuple[float, float]] = {}
+        self._timed: list[tuple[float, float]] = []
 
     def wait_for(self, seq: BlockHolder, block: Block) -> None:
         """Let the sequence, which has pinned the block, wait until it is in the pool; the load
@@ -53,12 +63,15 @@ class Loads:
             ticket = self._begin(block, MovePriority.DEMAND)
         else:
             self.num_joined += 1
+            if ticket.copy.is_prefetched:
+                ticket.copy.is_prefetched = False
+                self.num_prefetched_late += 1
         ticket.waiters.append(seq)
         seq.num_loading += 1
 
     def prefetch(self, block: Block) -> int:
         """Begin to load a block that nobody waits for yet; returns the pool blocks taken."""
-        self._begin(block, MovePriority.PREFETCH)
+        self._begin(block, MovePriority.PREFETCH).copy.is_prefetched = True
         self.num_prefetched += 1
         return 1
 
@@ -66,7 +79,7 @@ class Loads:
         source = lower_tier(block)
         if source is None or GPU in block.copies:
             raise InvariantError(f"block {block.key.hex()} cannot be loaded")
-        self._pool.make_slot()
+        self._pool.make_slot(block.owner)
         deadline = self._moves.now() + self._timeout_s
         return self._moves.begin(block, source, GPU, priority, deadline_s=deadline)
 
@@ -76,6 +89,10 @@ class Loads:
         waiters, ticket.waiters = ticket.waiters, []
         for seq in waiters:
             seq.num_loading -= 1
+            self._note_time(seq, ended)
+        if ticket.copy.is_prefetched and not ended.is_ready:
+            ticket.copy.is_prefetched = False
+            self.num_prefetched_lost += 1
         if ticket.move.destination is GPU and not ended.is_ready:
             for seq in waiters:
                 if block in seq.blocks:  # else an earlier failure has cut it off already
@@ -86,8 +103,26 @@ class Loads:
         if not block.in_tree:
             self._tails.move_ended(block)
 
+    def expect(self, seq: BlockHolder, seconds: float) -> None:
+        """The sequence has just begun to wait, and was promised to do so for so long."""
+        if seq.num_loading:
+            self._expected[seq.seq_id] = seconds, self._moves.now()
+
+    def take_timed(self) -> list[tuple[float, float]]:
+        """Expected and actual seconds of each wait that ended well since the last call."""
+        timed, self._timed = self._timed, []
+        return timed
+
+    def _note_time(self, seq: BlockHolder, ended: Ended) -> None:
+        if not ended.is_ready:
+            self._expected.pop(seq.seq_id, None)
+        elif not seq.num_loading and seq.seq_id in self._expected:
+            expected_s, begun_s = self._expected.pop(seq.seq_id)
+            self._timed.append((expected_s, self._moves.now() - begun_s))
+
     def forget(self, seq: BlockHolder, blocks: list[Block | None]) -> None:
         """The sequence gives up these blocks; it does not wait for them any more."""
+        self._expected.pop(seq.seq_id, None)
         if not seq.num_loading:
             return
         for block in blocks:

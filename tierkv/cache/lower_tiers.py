@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tierkv.cache.evictor import CPU, GPU, NVME, Evictor, Hinter
+from tierkv.cache.kept import is_pinned
 from tierkv.cache.lookup import lower_tier
 from tierkv.cache.moves import Moves
 from tierkv.cache.prefix_tree import Block
@@ -50,7 +51,8 @@ class MoveLimits:
 
     Attributes:
         step_bytes: of write-backs begun in one step.
-        link_bytes: of write-backs and swaps in flight on one link.
+        link_bytes: of write-backs and swaps in flight on one link; at most the mover's staging
+            memory, or what waits for a disk keeps its place in the pool.
         load_timeout_s: after it a load is a miss.
         room: share of the pool kept EMPTY or droppable by demoting ahead.
     """
@@ -70,6 +72,9 @@ class LowerTiers:
         limits: see `MoveLimits`.
         hint_of: for policies.
         block_size: tokens per block.
+
+    Attributes:
+        is_urgent: what goes down must not be lost; write rates do not count.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class LowerTiers:
         block_size: int,
     ) -> None:
         self.block_size = block_size
+        self.is_urgent = False
         self.specs = {spec.name: spec for spec in specs}
         self.limits = limits
         self._residency = residency
@@ -111,9 +117,18 @@ class LowerTiers:
             return
         if len(self._outbox) >= _MOST_OFFERS:
             return
-        if self.specs[below].admission.admits(block.key, when, hint):
+        if self._admits(block, below, when, hint):
             self._outbox.append((block, below))
             self._queued.add((block.key, below))
+
+    def _admits(self, block: Block, tier: TierName, when: When, hint: AccessHint) -> bool:
+        return is_pinned(block) or self.specs[tier].admission.admits(block.key, when, hint)
+
+    def insist(self, block: Block, tier: TierName) -> None:
+        """Send the block down to `tier`, which is not asked whether it wants it."""
+        if tier not in block.copies and (block.key, tier) not in self._queued:
+            self._outbox.append((block, tier))
+            self._queued.add((block.key, tier))
 
     def leaving_pool(self, blocks: Iterable[Block]) -> None:
         """These pool copies are about to be dropped: their use counts in the tier below."""
@@ -141,7 +156,7 @@ class LowerTiers:
                 continue
             if not self._moves.has_parent_below(block, tier):
                 self._offer_parent_first(block, tier, refused)
-            elif not self._has_budget(source, tier):
+            elif not self.has_budget(source, tier):
                 self._requeue(block, tier)
                 return
             elif self.make_slot(tier, block) and self._may_write(tier):
@@ -176,18 +191,21 @@ class LowerTiers:
                 return source
         return None
 
-    def _has_budget(self, source: TierName, tier: TierName) -> bool:
+    def has_budget(self, source: TierName, tier: TierName) -> bool:
+        """Whether the link is not so far behind that nothing more should wait for it."""
         return self._moves.in_flight_bytes[source, tier] < self.limits.link_bytes
 
     def _may_write(self, tier: TierName) -> bool:
         rate = self.specs[tier].rate
-        return rate is None or rate.take(self._moves.slot_bytes, self._moves.now())
+        return (
+            rate is None or self.is_urgent or rate.take(self._moves.slot_bytes, self._moves.now())
+        )
 
     def _demote_ahead(self) -> None:
         """Blocks that would be lost with their pool copy go down before the room is needed."""
         pool, below = self._residency.tiers[GPU], self.below_pool
         wanted = int(pool.capacity * self.limits.room) - pool.num_empty
-        if wanted <= 0 or not self._has_budget(GPU, below):
+        if wanted <= 0 or not self.has_budget(GPU, below):
             return
         for block in self._evictors[GPU].victims(min(wanted, _MOST_TRIES)):
             if lower_tier(block) is None and below not in block.copies and _is_leaf(block):
@@ -197,9 +215,9 @@ class LowerTiers:
         """Begin to demote; False when the tier below does not want it, or has no room."""
         hint = self.hint_of(block)
         if (
-            self.specs[tier].admission.admits(block.key, When.EVICTED, hint)
+            self._admits(block, tier, When.EVICTED, hint)
             and self._moves.has_parent_below(block, tier)
-            and self._has_budget(source, tier)
+            and self.has_budget(source, tier)
             and self.make_slot(tier, block)
             and self._may_write(tier)
         ):
@@ -210,16 +228,20 @@ class LowerTiers:
     # ------------------------------------------------------------------ room
 
     def make_slot(self, tier: TierName, candidate: Block) -> bool:
-        """Have an EMPTY slot in a lower tier, dropping the least valuable copy if need be.
+        """Have an EMPTY slot in a lower tier, dropping the least valuable copy if need be; that of
+        an owner who is at its quota.
 
         False when there is none now: everything is in use, the policy prefers what it has to the
         candidate, or the victim is on its own way down first.
         """
-        if self._residency.tiers[tier].num_empty:
+        owner = candidate.owner
+        if owner is not None and not owner.is_full(tier):
+            owner = None
+        if owner is None and self._residency.tiers[tier].num_empty:
             return True
         evictor, below = self._evictors[tier], self._below.get(tier)
         for _ in range(_MOST_TRIES):
-            victims = evictor.victims(1, candidate.key)
+            victims = evictor.victims(1, candidate.key, owner)
             if not victims:
                 return False
             victim = victims[0]
@@ -229,10 +251,11 @@ class LowerTiers:
             if below is not None and below not in victim.copies:
                 if self._drain(victim, tier, below):
                     return False
-                if not self._has_budget(tier, below):
+                if not self.has_budget(tier, below):
                     return False  # others are on their way down; the next try finds their slots
             evictor.drop(victim, Why.EVICTED)
-            return True
+            if owner is None or not owner.is_full(tier):
+                return True
         return False
 
     # ------------------------------------------------------------------ promote, swap
@@ -254,7 +277,7 @@ class LowerTiers:
             if not block.in_tree or lower_tier(block) is not None or tier in block.copies:
                 continue
             source = self._source_for(block, tier)
-            fits = self._moves.has_parent_below(block, tier) and self._has_budget(GPU, tier)
+            fits = self._moves.has_parent_below(block, tier) and self.has_budget(GPU, tier)
             if source is GPU and fits and self.make_slot(tier, block):
                 self._moves.begin(block, GPU, tier, MovePriority.SWAP_OUT)
 

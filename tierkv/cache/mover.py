@@ -3,13 +3,19 @@
     link                   threads
     pool -> arena          1
     arena -> pool          1
-    pool, arena -> store   1, so that a parent's write ends before or with its child's
+    pool, arena -> store   1 that stages, then 1 that writes: a parent's write ends before or with
+                           its child's
     store -> pool, arena   2
 
 Per link the most urgent moves wait in front. A thread takes as many of one priority as its batch
 may have bytes, and executes them as one call, which holds no interpreter lock: any number of
-copies in memory, or one `write` or `read` of the store. Blocks go between memory and store in
-place; where a block of the pool is shorter than the store's slot they are staged.
+copies in memory, or one `write` or `read` of the store.
+
+A disk that takes long, or never answers, keeps no block of the pool: what goes from the pool to the
+store is copied to staging memory first, and its place in the pool is *released*; what comes from
+the store is copied into the pool when it is complete, and can be abandoned until then. Nobody
+changes staging memory before the call that uses it has returned, so checksums are those of whole
+blocks. Between arena and store blocks move in place.
 """
 
 from __future__ import annotations
@@ -17,110 +23,30 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
-import numpy as np
 import torch
 
+from tierkv.cache.links import Link, Memory, copy_rows
 from tierkv.cache.pools import GpuPool
+from tierkv.cache.store_port import Answer, StorePort
 from tierkv.errors import InvariantError
 from tierkv.kernels import ops
-from tierkv.storage import base
 from tierkv.storage.arena import HostArena
-from tierkv.storage.base import BlockStore, Cause, Outcome
-from tierkv.types import Move, MoveFailure, MovePriority, MoveResult, TierName
+from tierkv.storage.base import BlockStore
+from tierkv.storage.quarantine import QuarantinedStore
+from tierkv.types import Erasure, Move, MoveFailure, MoveResult, TierName
 
 logger = logging.getLogger(__name__)
 
 GPU, CPU, NVME = TierName.GPU, TierName.CPU, TierName.NVME
 
-_FAILURES = {
-    Cause.NOT_FOUND: MoveFailure.LOST,
-    Cause.SHORT_READ: MoveFailure.LOST,
-    Cause.CORRUPT: MoveFailure.CORRUPT,
-    Cause.IO_ERROR: MoveFailure.IO_ERROR,
-    Cause.NO_SPACE: MoveFailure.NO_SPACE,
-    Cause.LATE: MoveFailure.LATE,
-    Cause.CLOSED: MoveFailure.UNAVAILABLE,
-    Cause.QUARANTINED: MoveFailure.UNAVAILABLE,
-}
-_NO_PARENT = bytes(base.KEY_BYTES)
+_GRACE_S = 0.1  # for threads that waited for memory only
 
-_Answer = MoveFailure | None
 _Ends = tuple[TierName, TierName]
-_Place = tuple[TierName, int]
-_Work = Callable[[list[Move]], list[_Answer]]
-
-
-class _Memory:
-    """A tier in memory.
-
-    Attributes:
-        rows: uint8 `[num_slots, block_bytes]`, the blocks.
-        slots: uint8 `[num_slots, stride]`, with their padding.
-    """
-
-    def __init__(self, slots: np.ndarray[Any, np.dtype[np.uint8]], block_bytes: int) -> None:
-        self.slots = slots
-        self.rows = torch.from_numpy(slots)[:, :block_bytes]
-
-    def view(self, slot: int) -> memoryview:
-        """The slot's bytes, with its padding."""
-        return memoryview(self.slots[slot])
-
-
-def _copy_rows(source: _Memory, froms: list[int], destination: _Memory, tos: list[int]) -> None:
-    if froms:
-        ids = torch.tensor([froms, tos])
-        ops.copy_rows(source.rows, ids[0], destination.rows, ids[1])
-
-
-class _Link:
-    """Moves and erasures that wait for the same threads.
-
-    Args:
-        batch_moves: how many moves a thread takes at once.
-    """
-
-    def __init__(self, batch_moves: int) -> None:
-        self._batch_moves = batch_moves
-        self._waiting: list[deque[Move]] = [deque() for _ in MovePriority]
-        self._erased: list[int] = []
-        self._is_closed = False
-        self._changed = threading.Condition()
-
-    def put(self, moves: Sequence[Move], erased: Sequence[int] = ()) -> None:
-        with self._changed:
-            if self._is_closed:
-                raise InvariantError("the mover is closed")
-            for move in moves:
-                self._waiting[move.priority].append(move)
-            self._erased.extend(erased)
-            self._changed.notify_all()
-
-    def take(self) -> tuple[list[int], list[Move]]:
-        """Wait for slots to erase and the most urgent moves, all of one priority; nothing of
-        either once the link is closed and empty."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self._erased or any(self._waiting))
-            erased, self._erased = self._erased, []
-            queue = next(filter(None, self._waiting), None) or deque[Move]()
-            return erased, [queue.popleft() for _ in range(min(len(queue), self._batch_moves))]
-
-    def close(self) -> None:
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
-
-    def drain(self) -> list[Move]:
-        """What no thread took."""
-        with self._changed:
-            left = [move for queue in self._waiting for move in queue]
-            self._waiting = [deque() for _ in MovePriority]
-            return left
+_Copy = Callable[[list[Move]], list[Answer]]
+_Work = Callable[[list[Move]], None]
 
 
 class ThreadMover:
@@ -135,6 +61,8 @@ class ThreadMover:
         store: the NVMe tier, if there is one; slots of the layout's `slot_bytes`.
         copy_bytes, write_bytes, read_bytes: most bytes of a batch between memories, to the store
             and from it.
+        staging_bytes: of blocks that have left the pool and are not written yet. A move from the
+            pool that finds no room there keeps its source, so `MoveLimits.link_bytes` is no more.
         num_readers: threads that read from the store.
         close_timeout_s: how long `close` waits for the moves that have begun; what has not ended
             then is UNAVAILABLE.
@@ -153,6 +81,7 @@ class ThreadMover:
         copy_bytes: int = 16 << 20,
         write_bytes: int = 32 << 20,
         read_bytes: int = 16 << 20,
+        staging_bytes: int = 128 << 20,
         num_readers: int = 2,
         close_timeout_s: float = 5.0,
         now: Callable[[], float] = time.perf_counter,
@@ -160,171 +89,205 @@ class ThreadMover:
         _check(pool, arena, store)
         self._now, self._close_timeout_s = now, close_timeout_s
         self._slot_bytes = pool.layout.slot_bytes
-        self._is_staged = pool.block_bytes != self._slot_bytes
         rows = pool.tensor.detach().view(torch.uint8).view(pool.num_blocks, pool.block_bytes)
-        self._memory = {GPU: _Memory(rows.numpy(), pool.block_bytes)}
-        self._links: dict[_Ends, _Link] = {}
+        self._memory = {GPU: Memory(rows.numpy(), pool.block_bytes)}
+        self._links: dict[_Ends, Link] = {}
+        self._all_links: list[Link] = []
         self._threads: list[threading.Thread] = []
         self._results: list[MoveResult] = []
+        self._released: dict[int, None] = {}
+        self._erasures: list[Erasure] = []
         self._bug: BaseException | None = None
-        self._ended = threading.Condition()
+        self._news = threading.Condition()
+        self._port: StorePort | None = None
         ops.get_backend()  # compiled now rather than by the first move
         if arena is not None:
-            self._memory[CPU] = _Memory(arena.array, arena.block_bytes)
-            self._connect("down", [(GPU, CPU)], copy_bytes, self._copy)
-            self._connect("up", [(CPU, GPU)], copy_bytes, self._copy)
+            self._memory[CPU] = Memory.of(arena)
+            self._connect("down", [(GPU, CPU)], copy_bytes, partial(self._execute, self._copy))
+            self._connect("up", [(CPU, GPU)], copy_bytes, partial(self._execute, self._copy))
         if store is not None:
-            self._store = store
-            write = partial(self._write, self._staging(write_bytes))
-            read = [partial(self._read, self._staging(read_bytes)) for _ in range(num_readers)]
-            self._connect("write", [(tier, NVME) for tier in self._memory], write_bytes, write)
-            self._connect("read", [(NVME, tier) for tier in self._memory], read_bytes, *read)
+            self._port = StorePort(store, self._memory, self._slot_bytes, staging_bytes)
+            self._connect_store(self._port, write_bytes, read_bytes, num_readers)
         for thread in self._threads:
             thread.start()
+
+    def _connect_store(
+        self, port: StorePort, write_bytes: int, read_bytes: int, num_readers: int
+    ) -> None:
+        self._writes = self._connect("write", [], write_bytes, partial(self._execute, port.write))
+        down = [(tier, NVME) for tier in self._memory]
+        most = min(write_bytes, port.num_staged * self._slot_bytes)
+        self._connect("down", down, most, partial(self._stage, port), feeds=self._writes)
+        reads = [partial(self._execute, port.reader(read_bytes)) for _ in range(num_readers)]
+        self._connect("read", [(NVME, tier) for tier in self._memory], read_bytes, *reads)
 
     # ------------------------------------------------------------------ the engine's side
 
     def begin(self, moves: Sequence[Move]) -> None:
-        groups: dict[_Link, list[Move]] = {}
+        groups: dict[Link, list[Move]] = {}
         for move in moves:
             link = self._links.get((move.source, move.destination))
             if link is None:
                 raise InvariantError(f"no link {move.source.value} -> {move.destination.value}")
             groups.setdefault(link, []).append(move)
+        if self._port is not None:
+            self._port.expect([move for move in moves if move.source is NVME])
         for link, group in groups.items():
-            link.put(group)
+            if not link.try_put(group):
+                raise InvariantError("the mover is closed")
 
     def poll(self) -> list[MoveResult]:
-        with self._ended:
+        with self._news:
             if self._bug is not None:
                 raise self._bug
             results, self._results = self._results, []
+            for result in results:
+                self._released.pop(result.ticket, None)
         return results
+
+    def poll_released(self) -> list[int]:
+        with self._news:
+            released, self._released = list(self._released), {}
+        return released
+
+    def poll_erased(self) -> list[Erasure]:
+        with self._news:
+            erasures, self._erasures = self._erasures, []
+        return erasures
+
+    def abandon(self, tickets: Sequence[int]) -> None:
+        if self._port is not None:
+            self._release(self._port.abandon(tickets))
 
     def wait(self, timeout_s: float) -> None:
         limit_s = min(timeout_s, threading.TIMEOUT_MAX)
-        with self._ended:
-            self._ended.wait_for(lambda: self._results or self._bug, limit_s)
+        with self._news:
+            self._news.wait_for(self._has_news, limit_s)
+
+    def _has_news(self) -> bool:
+        return bool(self._results or self._released or self._erasures or self._bug)
 
     def erase(self, slots: Sequence[int]) -> None:
-        link = self._links.get((GPU, NVME))
-        if link is None:
-            raise InvariantError("there is no store to erase from")
-        link.put((), slots)
+        self._need_port()
+        if not self._writes.try_put((), slots):
+            raise InvariantError("the mover is closed")
+
+    def touch(self, slots: Sequence[int]) -> None:
+        self._need_port().store.touch(slots)
+
+    def is_quarantined(self, *, is_read: bool) -> bool:
+        store = self._port.store if self._port is not None else None
+        if not isinstance(store, QuarantinedStore):
+            return False
+        return (store.reads if is_read else store.writes).is_quarantined
+
+    def _need_port(self) -> StorePort:
+        if self._port is None:
+            raise InvariantError("there is no store")
+        return self._port
 
     def close(self) -> None:
         for link in self._links.values():
-            link.close()
-        deadline_s = time.monotonic() + self._close_timeout_s
+            link.close()  # the one that is fed closes when its feeder has ended
+        if self._join(self._close_timeout_s):
+            logger.warning("moves are stuck after %g s and left behind", self._close_timeout_s)
+            if self._port is not None:
+                self._port.close()
+                self._join(_GRACE_S)
+        for link in self._all_links:
+            erased, left = link.drain()
+            self._report(left, [MoveFailure.UNAVAILABLE] * len(left), 0.0)
+            self._report_erased([Erasure(slot, MoveFailure.UNAVAILABLE) for slot in erased])
+
+    def _join(self, timeout_s: float) -> bool:
+        """Wait for the threads; whether some have not ended."""
+        deadline_s = time.monotonic() + timeout_s
         # A collection of garbage may close an engine on any thread, also on one of these.
         others = [thread for thread in self._threads if thread is not threading.current_thread()]
         for thread in others:
             thread.join(max(0.0, deadline_s - time.monotonic()))
-        if any(thread.is_alive() for thread in others):
-            logger.warning("moves are stuck after %g s and left behind", self._close_timeout_s)
-        for link in self._links.values():
-            left = link.drain()
-            self._report(left, [MoveFailure.UNAVAILABLE] * len(left), 0.0)
+        return any(thread.is_alive() for thread in others)
 
     # ------------------------------------------------------------------ the threads' side
 
-    def _connect(self, name: str, links: list[_Ends], batch_bytes: int, *work: _Work) -> None:
-        """One thread for each `work`, which serve `links` together."""
-        link = _Link(max(1, batch_bytes // self._slot_bytes))
-        self._links |= dict.fromkeys(links, link)
+    def _connect(
+        self,
+        name: str,
+        ends: list[_Ends],
+        batch_bytes: int,
+        *work: _Work,
+        feeds: Link | None = None,
+    ) -> Link:
+        """A link with one thread for each `work`; those of `ends` are served together."""
+        link = Link(max(1, batch_bytes // self._slot_bytes))
+        self._links |= dict.fromkeys(ends, link)
+        self._all_links.append(link)
         for part in work:
             name_of = f"tierkv-{name}-{len(self._threads)}"
             thread = threading.Thread(
-                target=self._serve, args=(link, part), name=name_of, daemon=True
+                target=self._serve, args=(link, part, feeds), name=name_of, daemon=True
             )
             self._threads.append(thread)
+        return link
 
-    def _serve(self, link: _Link, work: _Work) -> None:
-        """Execute batches until the link is closed; a bug ends it and is raised by `poll`."""
+    def _serve(self, link: Link, work: _Work, feeds: Link | None) -> None:
+        """Work until the link is closed; a bug ends it and is raised by `poll`."""
         try:
             while True:
                 erased, moves = link.take()
-                if not erased and not moves:
+                if erased:
+                    self._report_erased(self._need_port().erase(erased))
+                if moves:
+                    work(moves)
+                elif not erased:
                     return
-                start = self._now()
-                try:
-                    if erased:
-                        self._store.erase(list(dict.fromkeys(erased)))
-                    answers = work(moves) if moves else []
-                except OSError as error:
-                    logger.warning("%d moves failed: %s", len(moves), error)
-                    answers = [MoveFailure.IO_ERROR] * len(moves)
-                self._report(moves, answers, self._now() - start)
         except BaseException as error:
-            with self._ended:
+            with self._news:
                 self._bug = self._bug or error
-                self._ended.notify_all()
+                self._news.notify_all()
+        finally:
+            if feeds is not None:
+                feeds.close()
 
-    def _report(self, moves: list[Move], answers: list[_Answer], seconds: float) -> None:
+    def _execute(self, copy: _Copy, moves: list[Move]) -> None:
+        """Copy, and report how it went."""
+        start = self._now()
+        try:
+            answers = copy(moves)
+        except OSError as error:
+            logger.warning("%d moves failed: %s", len(moves), error)
+            answers = [MoveFailure.IO_ERROR] * len(moves)
+        self._report(moves, answers, self._now() - start)
+
+    def _report(self, moves: list[Move], answers: list[Answer], seconds: float) -> None:
         share = seconds / max(1, len(moves))
         results = [MoveResult(m.ticket, a, share) for m, a in zip(moves, answers, strict=True)]
-        with self._ended:
+        with self._news:
             self._results += results
-            self._ended.notify_all()
+            self._news.notify_all()
 
-    def _copy(self, moves: list[Move]) -> list[_Answer]:
+    def _copy(self, moves: list[Move]) -> list[Answer]:
         source, destination = self._memory[moves[0].source], self._memory[moves[0].destination]
         froms, tos = [m.source_slot for m in moves], [m.destination_slot for m in moves]
-        _copy_rows(source, froms, destination, tos)
+        copy_rows(source, froms, destination, tos)
         return [None] * len(moves)
 
-    def _staging(self, batch_bytes: int) -> _Memory:
-        """Memory for one thread's batch; it takes pages only where it is used."""
-        count = max(1, batch_bytes // self._slot_bytes)
-        arena = HostArena(count, self._memory[GPU].rows.shape[1])
-        return _Memory(arena.array, arena.block_bytes)
+    def _stage(self, port: StorePort, moves: list[Move]) -> None:
+        """Release what comes from the pool, and queue all for the writer."""
+        released = port.stage(moves)
+        self._release(released or [])
+        if released is None or not self._writes.try_put(moves):
+            self._report(moves, [MoveFailure.UNAVAILABLE] * len(moves), 0.0)
 
-    def _buffers(
-        self, places: list[_Place], staging: _Memory
-    ) -> tuple[list[memoryview], list[int]]:
-        """What the store reads or writes for each move, and which of them are staged."""
-        staged = [i for i, (tier, _) in enumerate(places) if tier is GPU and self._is_staged]
-        views = [self._memory[tier].view(slot) for tier, slot in places]
-        for i in staged:
-            views[i] = staging.view(i)
-        return views, staged
+    def _release(self, tickets: list[int]) -> None:
+        with self._news:
+            self._released |= dict.fromkeys(tickets)
+            self._news.notify_all()
 
-    def _write(self, staging: _Memory, moves: list[Move]) -> list[_Answer]:
-        views, staged = self._buffers([(m.source, m.source_slot) for m in moves], staging)
-        _copy_rows(self._memory[GPU], [moves[i].source_slot for i in staged], staging, staged)
-        writes = [
-            base.SlotWrite(m.destination_slot, m.key, m.parent or _NO_PARENT, m.tokens, view)
-            for m, view in zip(moves, views, strict=True)
-        ]
-        return [_answer(outcome) for outcome in self._store.write(writes)]
-
-    def _read(self, staging: _Memory, moves: list[Move]) -> list[_Answer]:
-        answers: dict[int, _Answer] = {}
-        for batch in _distinct(moves):
-            places = [(m.destination, m.destination_slot) for m in batch]
-            views, staged = self._buffers(places, staging)
-            reads = [
-                base.SlotRead(m.source_slot, m.key, v) for m, v in zip(batch, views, strict=True)
-            ]
-            outcomes = self._store.read(reads)
-            arrived = [i for i in staged if not isinstance(outcomes[i], base.Failure)]
-            slots = [batch[i].destination_slot for i in arrived]
-            _copy_rows(staging, arrived, self._memory[GPU], slots)
-            answers |= {m.ticket: _answer(o) for m, o in zip(batch, outcomes, strict=True)}
-        return [answers[move.ticket] for move in moves]
-
-
-def _distinct(moves: list[Move]) -> Iterator[list[Move]]:
-    """The moves in parts that name no slot twice: two tiers may want one block."""
-    while moves:
-        first: dict[int, Move] = {}
-        rest = [move for move in moves if first.setdefault(move.source_slot, move) is not move]
-        yield list(first.values())
-        moves = rest
-
-
-def _answer(outcome: Outcome) -> _Answer:
-    return _FAILURES[outcome.cause] if isinstance(outcome, base.Failure) else None
+    def _report_erased(self, erasures: list[Erasure]) -> None:
+        with self._news:
+            self._erasures += erasures
+            self._news.notify_all()
 
 
 def _check(pool: GpuPool, arena: HostArena | None, store: BlockStore | None) -> None:

@@ -3,11 +3,14 @@
 `begin` reserves the destination's slot (FILLING) and holds the source; the mover copies bytes in
 the background; `poll` ends what has ended: commit makes the destination READY, abort gives its slot
 back, both let go of the source. A load that is late is a miss for whoever waits for it; its slot
-belongs to the ticket until the bytes have landed.
+belongs to the ticket until the mover has released it, or the bytes have landed.
 
     plain   source READY                    commit: both tiers hold the block
     drain   source READY -> DRAINING        commit: only the destination does; a hit in between
                                             rescues the source and makes the move a plain one
+
+The mover may release a source before the move ends, because it has a copy of its own: a plain
+move's source is then free to leave, and a drain's is gone. If that move fails, so is the block.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 
+from tierkv.cache.erasures import Erasures
 from tierkv.cache.evictor import CPU, GPU, NVME, Evictor, Hinter
 from tierkv.cache.holder import BlockHolder
 from tierkv.cache.prefix_tree import Block, Copy
@@ -40,6 +44,8 @@ class Ticket:
         waiters: sequences that cannot go on without it.
         is_drain: the source goes when the bytes have arrived.
         is_late: nobody waits any more and `copy` belongs to no block.
+        is_released: the mover does not use the pool's slot any more: the source of a move down,
+            the destination of a late load.
     """
 
     move: Move
@@ -49,6 +55,11 @@ class Ticket:
     deadline_s: float
     waiters: list[BlockHolder] = field(default_factory=list)
     is_late: bool = False
+    is_released: bool = False
+
+    @property
+    def holds_source(self) -> bool:
+        return not (self.is_released and self.move.source is GPU)
 
     @property
     def link(self) -> Link:
@@ -88,6 +99,7 @@ class Moves:
     Attributes:
         tickets: by number.
         loads: those into the pool that are not late, by block.
+        erasures: of the persistent tier, if there is one.
         stalled: how many late loads each tier still has to end; such a tier gives no hits, or every
             request would wait for a disk that has stopped to answer.
     """
@@ -119,6 +131,29 @@ class Moves:
         self._is_chained = is_chained
         self._numbers = itertools.count(1)
         self._begun: list[Move] = []
+        self._down: dict[Copy, Ticket] = {}
+        self.erasures: Erasures | None = None
+        if NVME in evictors:
+            stored, left = residency.tiers[NVME], evictors[NVME].left_slots
+            self.erasures = Erasures(mover, stored, left, clock)
+
+    @property
+    def has_work(self) -> bool:
+        """Moves or erasures are under way."""
+        return bool(self.tickets) or (self.erasures is not None and self.erasures.num_begun > 0)
+
+    @property
+    def num_leaving(self) -> int:
+        """Pool blocks that will be free to leave when moves have ended."""
+        return sum(
+            1
+            for ticket in self.tickets.values()
+            if ticket.move.source is GPU and ticket.holds_source and not ticket.block.pins
+        )
+
+    def is_quarantined(self, *, is_read: bool) -> bool:
+        """Whether the persistent tier is left alone now."""
+        return self._mover.is_quarantined(is_read=is_read)
 
     # ------------------------------------------------------------------ begin
 
@@ -145,6 +180,7 @@ class Moves:
         if is_drain:
             self._start_draining(block, source)
         parent = block.parent.key if block.parent is not None else b""
+        priority = self._not_before_parent(block, destination, priority)
         move = Move(
             next(self._numbers), block.key, parent, block.tokens,
             source, copy.slot, destination, slot, priority,
@@ -153,9 +189,20 @@ class Moves:
         self.tickets[move.ticket] = ticket
         if destination is GPU:
             self.loads[block.key] = ticket
+        else:
+            self._down[ticket.copy] = ticket
         self.in_flight_bytes[ticket.link] += self.slot_bytes
         self._begun.append(move)
         return ticket
+
+    def _not_before_parent(
+        self, block: Block, tier: TierName, priority: MovePriority
+    ) -> MovePriority:
+        """Into a lower tier no more urgent than the parent that is on its way there: a child that
+        overtook it would be refused on arrival."""
+        above = block.parent.copies.get(tier) if block.parent is not None else None
+        ticket = self._down.get(above) if above is not None else None
+        return priority if ticket is None else max(priority, ticket.move.priority)
 
     def take_begun(self) -> list[Move]:
         """Moves begun since the last call, for the mover."""
@@ -163,8 +210,11 @@ class Moves:
         return begun
 
     def start(self, moves: list[Move]) -> None:
+        """Hand moves to the mover, and tell the persistent tier what was used."""
         if moves:
             self._mover.begin(moves)
+        if NVME in self._evictors and (touched := self._evictors[NVME].take_touched()):
+            self._mover.touch(sorted(touched))
 
     def rescue(self, block: Block) -> None:
         """A DRAINING copy in the pool was hit: it stays."""
@@ -179,15 +229,20 @@ class Moves:
 
     def poll(self) -> list[Ended]:
         """End every move whose result is there, and every wait that has become late."""
-        return [self._end(result) for result in self._mover.poll()] + self._expire()
+        for number in self._mover.poll_released():
+            self._release(self.tickets[number])
+        results = self._mover.poll()
+        if self.erasures is not None:
+            self.erasures.poll()
+        return [self._end(result) for result in results] + self._expire()
 
     def wait(self, timeout_s: float) -> None:
         self._mover.wait(timeout_s)
 
     def erase(self, slots: list[int]) -> None:
-        """Blocks of the persistent tier that must not come back."""
-        if slots:
-            self._mover.erase(slots)
+        """Blocks of the persistent tier that must not come back, and all that were dropped."""
+        if self.erasures is not None:
+            self.erasures.begin(slots)
 
     def now(self) -> float:
         return self._clock.now()
@@ -199,15 +254,21 @@ class Moves:
         arrived = result.failure is None and not ticket.is_late
         if ticket.is_late:
             self.stalled -= Counter([ticket.move.source])
-            self._residency.free(ticket.copy, destination)
+            if not ticket.is_released:
+                self._residency.free(ticket.copy, destination)
         elif arrived and self._may_enter(block, destination):
             self._residency.commit_fill(block, destination)
         else:
             arrived = False
             self._residency.drop(block, destination)
-        if destination is GPU and not ticket.is_late:
+        if destination is not GPU:
+            del self._down[ticket.copy]
+        elif not ticket.is_late:
             del self.loads[block.key]
-        self._release_source(ticket, arrived, result.failure)
+        if destination is NVME and self.erasures is not None:
+            self.erasures.write_ended(ticket.copy.slot, is_written=result.failure is None)
+        if ticket.holds_source:
+            self._release_source(ticket, arrived, result.failure)
         if arrived and block.in_tree:
             self._enter(block, destination)
         elif block.in_tree:
@@ -235,6 +296,18 @@ class Moves:
         if tier is GPU and not copy.is_listed and not block.pins:
             evictor.drop(block, Why.REMOVED)  # its ancestors have left the pool: out of reach
 
+    def _release(self, ticket: Ticket) -> None:
+        """A late load gives its slot back. Of a move down the source may go, and a draining one
+        does."""
+        ticket.is_released = True
+        if ticket.is_late:
+            self._residency.free(ticket.copy, GPU)
+            return
+        block, source = ticket.block, ticket.move.source
+        self._let_go(block, source)
+        if ticket.is_drain:
+            self._residency.drop(block, source)
+
     def _release_source(self, ticket: Ticket, arrived: bool, failure: MoveFailure | None) -> None:
         block, source = ticket.block, ticket.move.source
         self._let_go(block, source)
@@ -257,6 +330,8 @@ class Moves:
             ticket.is_late = True
             self.stalled[ticket.move.source] += 1
             self._stats(ticket.link).failures[MoveFailure.LATE] += 1
+        if late:
+            self._mover.abandon([ticket.move.ticket for ticket in late])
         return [Ended(ticket, False) for ticket in late]
 
     def _count(self, ticket: Ticket, result: MoveResult) -> None:

@@ -8,9 +8,12 @@ from tierkv.cache.evictor import GPU, Evictor
 from tierkv.cache.hashing import private_key
 from tierkv.cache.prefix_tree import Block
 from tierkv.cache.residency import CopyState, Residency
+from tierkv.cache.shares import Share
 from tierkv.cache.tails import Tails
 from tierkv.errors import InvariantError
 from tierkv.policies.base import AccessHint, Why
+
+_MOST_TRIES = 16
 
 
 class PoolBlocks:
@@ -20,6 +23,9 @@ class PoolBlocks:
         residency, evictor: states of all tiers, and the pool's eviction policy.
         tails: takes private blocks that a move still uses.
         before_eviction: is told which copies are about to be dropped.
+
+    Attributes:
+        num_prefetched_used: prefetched copies that were there when they were first wanted.
     """
 
     def __init__(
@@ -34,22 +40,25 @@ class PoolBlocks:
         self._tails = tails
         self._before_eviction = before_eviction
         self._slots = residency.tiers[GPU]
+        self.num_prefetched_used = 0
 
     @property
     def num_available(self) -> int:
         """Blocks that could be allocated now: empty, or cached and evictable."""
         return len(self._slots.empty_slots) + self._evictor.num_evictable
 
-    def new_block(self, depth: int) -> Block:
+    def new_block(self, depth: int, owner: Share | None = None) -> Block:
         """A private block with a slot, pinned once. The caller has checked `num_available`."""
-        self.make_slot()
+        self.make_slot(owner)
         block = Block(private_key(), depth)
-        block.pins = 1
+        block.pins, block.owner = 1, owner
         self._residency.begin_fill(block, GPU)
         return block
 
-    def make_slot(self) -> None:
-        """Have at least one EMPTY slot."""
+    def make_slot(self, owner: Share | None = None) -> None:
+        """Have at least one EMPTY slot; an owner at its quota gives up a copy for it if it can."""
+        if owner is not None and owner.is_full(GPU):
+            self._give_up(1, owner)
         if not self._slots.empty_slots:
             self.evict(1, Why.EVICTED)
 
@@ -62,6 +71,29 @@ class PoolBlocks:
         for block in victims:
             self._evictor.drop(block, why)
 
+    def try_make_slot(self, spared: Block | None) -> bool:
+        """Have an EMPTY slot without touching the chain that ends in `spared`, if there is one."""
+        if self._slots.empty_slots:
+            return True
+        for victim in self._evictor.victims(_MOST_TRIES):
+            if victim is not spared and not _has_child_here(victim):
+                self._before_eviction([victim])
+                self._evictor.drop(victim, Why.EVICTED)
+                return True
+        return False
+
+    def trim(self, owner: Share) -> None:
+        """What an owner has too much, now that nobody holds it, goes."""
+        if (excess := owner.num_over(GPU)) > 0:
+            self._give_up(excess, owner)
+
+    def _give_up(self, n: int, owner: Share) -> None:
+        victims = self._evictor.victims(n, owner=owner)
+        self._before_eviction(victims)
+        for block in victims:
+            if not _has_child_here(block):
+                self._evictor.drop(block, Why.EVICTED)
+
     def touch(self, block: Block, hint: AccessHint) -> None:
         """The block will be used: it should not go first."""
         self._evictor.touch(block, hint)
@@ -69,7 +101,11 @@ class PoolBlocks:
     def pin(self, block: Block) -> None:
         """One more holder."""
         block.pins += 1
-        if block.pins == 1 and block.in_tree and GPU in block.copies:
+        copy = block.copies.get(GPU)
+        if block.pins == 1 and block.in_tree and copy is not None:
+            if copy.is_prefetched and copy.is_listed:
+                copy.is_prefetched = False
+                self.num_prefetched_used += 1
             self._evictor.refresh(block)
 
     def unpin(self, block: Block, hint: AccessHint | None) -> None:
@@ -101,3 +137,7 @@ class PoolBlocks:
             self._residency.drop(block, GPU)
         else:
             self._tails.give_up(block)
+
+
+def _has_child_here(block: Block) -> bool:
+    return any(GPU in child.copies for child in block.children.values())

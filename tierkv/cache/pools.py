@@ -38,12 +38,37 @@ class GpuPool:
             fix = f"the pool needs at least one block of {layout.block_bytes} bytes"
             raise ConfigError("num_gpu_blocks", num_blocks, fix)
         self.layout = layout
-        self.tensor = _zeros((num_blocks, *layout.block_shape), layout.dtype, torch.device(device))
+        shape, dtype = (num_blocks, *layout.block_shape), TORCH_DTYPES[layout.dtype]
+        self._pages: mmap.mmap | None = None
+        if torch.device(device).type == "cpu":
+            self._pages = _map(shape, dtype)
+            self.tensor = torch.frombuffer(self._pages, dtype=dtype).view(shape)
+        else:
+            self.tensor = torch.zeros(shape, dtype=dtype, device=device)
         self._layers = [self.tensor[:, layer] for layer in range(layout.num_layers)]
 
     @property
     def num_blocks(self) -> int:
         return int(self.tensor.shape[0])
+
+    def read(self, slot: int) -> bytes:
+        """The bytes of a block."""
+        return self.tensor[slot].cpu().view(torch.uint8).numpy().tobytes()
+
+    def write(self, slot: int, payload: bytes) -> None:
+        """Let a block be these bytes."""
+        data = torch.frombuffer(bytearray(payload), dtype=self.tensor.dtype)
+        self.tensor[slot].copy_(data.view(self.layout.block_shape))
+
+    def give_back(self) -> int:
+        """Let the system have the memory of all blocks, which are zero then; returns bytes.
+
+        It is taken again as blocks are written. Nothing happens on other devices than the CPU.
+        """
+        if self._pages is None:
+            return 0
+        self._pages.madvise(mmap.MADV_DONTNEED)
+        return len(self._pages)
 
     @property
     def block_bytes(self) -> int:
@@ -59,17 +84,14 @@ class GpuPool:
         return self._layers[index]
 
 
-def _zeros(shape: tuple[int, ...], dtype: str, device: torch.device) -> Tensor:
+def _map(shape: tuple[int, ...], dtype: torch.dtype) -> mmap.mmap:
     """Zeros that cost nothing until they are touched: `torch.zeros` would write every page."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=TORCH_DTYPES[dtype], device=device)
-    num_bytes = torch.Size(shape).numel() * TORCH_DTYPES[dtype].itemsize
+    num_bytes = torch.Size(shape).numel() * dtype.itemsize
     try:
-        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         fix = f"the pool's {num_bytes} bytes cannot be mapped ({error}); ask for less"
         raise ConfigError("kv_cache_memory", num_bytes, fix) from None
-    return torch.frombuffer(pages, dtype=TORCH_DTYPES[dtype]).view(shape)
 
 
 def num_pool_blocks(

@@ -9,10 +9,15 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from tierkv.cache.hashing import TOKEN_BYTES, root_key
 from tierkv.errors import InvariantError
 from tierkv.types import BlockKey, TierName
+
+if TYPE_CHECKING:
+    from tierkv.cache.kept import Kept
+    from tierkv.cache.shares import Share
 
 _SCAN_CHILDREN = 8
 
@@ -23,15 +28,17 @@ class Copy:
     Attributes:
         readers: moves that read the copy now.
         is_listed, is_evictable: what the tier's eviction policy was told of it (`Evictor`).
+        is_prefetched: nobody has used it or waited for it since it was begun for later.
     """
 
-    __slots__ = ("is_evictable", "is_listed", "readers", "slot", "state")
+    __slots__ = ("is_evictable", "is_listed", "is_prefetched", "readers", "slot", "state")
 
     def __init__(self, slot: int, state: object) -> None:
         self.slot = slot
         self.state = state
         self.readers = 0
         self.is_listed = False
+        self.is_prefetched = False
         self.is_evictable = False
 
 
@@ -47,6 +54,8 @@ class Block:
             cannot leave the pool before them.
         copies: tier -> Copy; absent means EMPTY there.
         in_tree: whether `PrefixTree` owns it.
+        owner: the tenant's share that it counts for; a root's is that of its salt.
+        kept: how long it is wanted, if anybody said so.
     """
 
     __slots__ = (
@@ -60,6 +69,8 @@ class Block:
         "busy",
         "copies",
         "in_tree",
+        "owner",
+        "kept",
     )
 
     def __init__(self, key: BlockKey, depth: int) -> None:
@@ -73,6 +84,8 @@ class Block:
         self.busy = 0
         self.copies: dict[TierName, Copy] = {}
         self.in_tree = False
+        self.owner: Share | None = None
+        self.kept: Kept | None = None
 
 
 class PrefixTree:

@@ -92,7 +92,10 @@ class Sealer:
     def _parent_of(self, seq: BlockHolder, index: int) -> Block:
         """The tree node before block `index`; ghosts are made where the path has gone."""
         if index == 0:
-            return self._tree.ensure_root(seq.cache_salt)
+            root = self._tree.ensure_root(seq.cache_salt)
+            if seq.owner is not None and not root.children:
+                root.owner = seq.owner
+            return root
         before = seq.blocks[index - 1]
         if before is not None and before.in_tree:
             return before

@@ -6,7 +6,7 @@ sequence's tail (`seq.tail`) and moves as a private block.
 
 from __future__ import annotations
 
-from tierkv.cache.evictor import CPU, GPU, NVME
+from tierkv.cache.evictor import GPU
 from tierkv.cache.holder import BlockHolder
 from tierkv.cache.loads import Loads
 from tierkv.cache.lookup import Match, lower_tier
@@ -45,15 +45,21 @@ class Swapper:
     def send_down(self, seq: BlockHolder) -> Block | None:
         """Begin to move what the lower tiers lack; returns the tail, cut from the block table.
 
-        There is no tail when the last block is full, when others share it or when there is no
-        room for it: then its tokens are computed again.
+        There is no tail when the last block is full, when others share it, or when the tier below
+        has no room or is far behind: then its tokens are computed again.
         """
+        tail = self._send_tail(seq)
         self._lower.push(block for block in seq.blocks if block is not None)
+        return tail
+
+    def _send_tail(self, seq: BlockHolder) -> Block | None:
         block = seq.blocks[-1] if seq.blocks else None
         if block is None or block.in_tree or block.pins != 1 or len(block.copies) != 1:
             return None
-        tier = self._lower.below_pool
-        if seq.num_computed % self._lower.block_size == 0 or not self._lower.make_slot(tier, block):
+        tier, is_full = self._lower.below_pool, seq.num_computed % self._lower.block_size == 0
+        if is_full or not self._lower.has_budget(GPU, tier):
+            return None
+        if not self._lower.make_slot(tier, block):
             return None
         if block.copies[GPU].state is CopyState.FILLING:
             self._residency.commit_fill(block, GPU)
@@ -65,12 +71,13 @@ class Swapper:
         return block
 
     def bring_back(self, seq: BlockHolder, match: Match) -> bool:
-        """Load the sequence's tail behind the full blocks of `match`, if those reach it."""
+        """Load the sequence's tail behind the full blocks of `match`, if those reach it and it has
+        arrived."""
         tail, seq.tail = seq.tail, None
         if tail is None:
             return False
         full = seq.tail_tokens // self._lower.block_size
-        if len(match.blocks) != full or not any(t in tail.copies for t in (CPU, NVME)):
+        if len(match.blocks) != full or lower_tier(tail) is None:
             self._tails.give_up(tail)
             return False
         self._tails.take(tail)

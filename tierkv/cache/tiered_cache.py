@@ -17,7 +17,9 @@ from tierkv.cache.claims import Claims
 from tierkv.cache.copies import Copies
 from tierkv.cache.evictor import CPU, GPU, NVME, Evictor
 from tierkv.cache.hashing import extend_keys
-from tierkv.cache.holder import BlockHolder
+from tierkv.cache.hints import BlockCosts, HintMaker, Hints
+from tierkv.cache.holder import BlockHolder, is_stored
+from tierkv.cache.keeps import Keeps
 from tierkv.cache.loads import Loads
 from tierkv.cache.lookup import Lookup, Match, Walker, is_in_pool
 from tierkv.cache.lower_tiers import LowerTiers, MoveLimits, TierSpec
@@ -27,15 +29,16 @@ from tierkv.cache.prefetcher import Prefetcher
 from tierkv.cache.prefix_tree import Block, PrefixTree
 from tierkv.cache.residency import CopyState, Residency
 from tierkv.cache.sealer import Sealer
+from tierkv.cache.shares import Share
 from tierkv.cache.swapper import Swapper
 from tierkv.cache.tails import Tails
 from tierkv.errors import InvariantError
 from tierkv.policies.admission import When
 from tierkv.policies.base import AccessHint, EvictionPolicy
-from tierkv.protocols import Clock, Mover
-from tierkv.types import BlockKey, Move
+from tierkv.protocols import Clock, CostModel, Mover
+from tierkv.types import BlockKey, Move, TierName
 
-__all__ = ["CPU", "GPU", "NVME", "Lookup", "Match", "TieredCache", "held_blocks"]
+__all__ = ["CPU", "GPU", "NVME", "Lookup", "Match", "TieredCache"]
 
 
 class TieredCache:
@@ -54,6 +57,7 @@ class TieredCache:
         mover: copies blocks between tiers; needed with `tiers`.
         slot_bytes: bytes of a block, for budgets.
         limits: how much may move.
+        cost: for eviction policies that weigh what a block costs.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class TieredCache:
         mover: Mover | None = None,
         slot_bytes: int = 1,
         limits: MoveLimits | None = None,
+        cost: CostModel | None = None,
     ) -> None:
         self.block_size = block_size
         self.window = window
@@ -78,10 +83,14 @@ class TieredCache:
         )
         self.tree = PrefixTree(fingerprint, block_size)
         policies = {GPU: policy, **{spec.name: spec.eviction for spec in tiers}}
-        self.evictors = {
-            name: Evictor(name, p, self.tree, self.residency, is_chained=window is None)
-            for name, p in policies.items()
-        }
+        costs, is_chained = BlockCosts(cost) if cost is not None else None, window is None
+        self.evictors: dict[TierName, Evictor] = {}
+        for name, p in policies.items():
+            self.evictors[name] = Evictor(
+                name, p, self.tree, self.residency, self.evictors, is_chained, costs
+            )
+        self.shares: dict[str, Share] = {}
+        self.salts: dict[str, Share] = {}
         self.tails = Tails(self.residency)
         self.pool = PoolBlocks(self.residency, self.evictors[GPU], self.tails, self._leaving)
         self.moves: Moves | None = None
@@ -89,7 +98,9 @@ class TieredCache:
         self.swapper: Swapper | None = None
         self.prefetcher: Prefetcher | None = None
         self._clock = clock
-        self._caching = enable_prefix_caching
+        self._hints = Hints(clock, block_size)
+        self.hint_of = self._hints.of_block  # for accesses that no request is behind
+        self.is_caching = enable_prefix_caching
         self._walker = Walker(self.tree, block_size, window)
         self._claims = Claims()
         self._sealer = Sealer(
@@ -103,6 +114,7 @@ class TieredCache:
         self.copies = Copies(self.pool)
         if mover is not None and tiers:
             self._add_tiers(tiers, mover, slot_bytes, limits or MoveLimits())
+        self.keeps = Keeps(self.tree, self.evictors, self.lower, clock, self.hint_of)
 
     def _add_tiers(
         self, tiers: Sequence[TierSpec], mover: Mover, slot_bytes: int, limits: MoveLimits
@@ -144,13 +156,7 @@ class TieredCache:
     @property
     def num_leaving(self) -> int:
         """Pool blocks that will be available when moves in flight have ended."""
-        if self.moves is None:
-            return 0
-        return sum(
-            1
-            for ticket in self.moves.tickets.values()
-            if ticket.move.source is GPU and not ticket.block.pins
-        )
+        return 0 if self.moves is None else self.moves.num_leaving
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -174,7 +180,7 @@ class TieredCache:
 
         At least the last token is left to compute, because its logits are wanted.
         """
-        if not self._caching or not use_cache:
+        if not self.is_caching or not use_cache:
             return Match()
         self._extend_keys(seq)
         match = self._walker.walk(seq, use_lower=use_lower and self.lower is not None)
@@ -190,6 +196,10 @@ class TieredCache:
     def is_computing(self, seq: BlockHolder, key: BlockKey) -> bool:
         """Whether a running sequence other than `seq` is about to compute the block `key`."""
         return self._claims.is_claimed(seq, key)
+
+    def pending_tokens(self, seq: BlockHolder, match: Match) -> int:
+        """How many tokens right after the match another sequence is about to compute."""
+        return self._claims.num_pending(seq, len(match.blocks)) * self.block_size
 
     def _cut_at_computing(self, seq: BlockHolder, match: Match) -> Match:
         """What another sequence is computing anew is waited for, not loaded."""
@@ -212,7 +222,7 @@ class TieredCache:
             num_head: how many of the blocks that are not in the pool the sequence computes itself
                 while the rest is loaded.
         """
-        hint_of = self._hints(seq)
+        hint_of = self._hints.of_use(seq)
         first_load = len(match.blocks) - match.num_loads
         loaded = match.blocks
         if num_head:
@@ -231,12 +241,14 @@ class TieredCache:
         seq.num_released = next((i for i, b in enumerate(match.blocks) if b is not None), 0)
         seq.num_computed = match.num_tokens
         seq.table_version += 1
+        if self.keeps.is_active:
+            self.keeps.used(seq, match.blocks)
         if match.num_loads:
             self._begin_waiting(seq, match, first_load + num_head)
         is_resumed = self.swapper is not None and self.swapper.bring_back(seq, match)
         if match.partial is not None and not is_resumed:
             self._take_partial(seq, match.partial, hint_of)
-        if self._caching:
+        if self.is_caching and is_stored(seq):
             self._extend_keys(seq)
             self._claims.claim(seq, self.block_size)
 
@@ -256,7 +268,7 @@ class TieredCache:
         seq.block_table.append(block.copies[GPU].slot if block is not None else 0)
 
     def _take_partial(
-        self, seq: BlockHolder, partial: tuple[Block, int], hint_of: _HintMaker
+        self, seq: BlockHolder, partial: tuple[Block, int], hint_of: HintMaker
     ) -> None:
         source, _ = partial
         self._rescue(source)
@@ -310,7 +322,7 @@ class TieredCache:
         return tail.pins - self.copies.num_from(tail) > 1
 
     def _append(self, seq: BlockHolder) -> Block:
-        block = self.pool.new_block(len(seq.blocks))
+        block = self.pool.new_block(len(seq.blocks), seq.owner)
         seq.block_table.append(block.copies[GPU].slot)
         seq.blocks.append(block)
         return block
@@ -325,12 +337,15 @@ class TieredCache:
     def seal(self, seq: BlockHolder, num_tokens: int) -> None:
         """The KV of the first `num_tokens` tokens is computed and the tokens are final."""
         first, last = seq.num_sealed, num_tokens // self.block_size
-        if self._caching and first < last:
+        if first < last and self.is_caching and is_stored(seq):
             self._extend_keys(seq)
-            hint_of = self._hints(seq)
+            hint_of = self._hints.of_use(seq)
             for index in range(first, last):
+                own = seq.blocks[index]
                 if not self._sealer.try_seal(seq, index, hint_of(index)):
                     break  # a later call tries again
+                if self.keeps.is_active and (block := seq.blocks[index]) is not None:
+                    self.keeps.sealed(seq, block, is_new=block is own)
                 self._claims.drop(seq, seq.block_keys[index])
                 seq.num_sealed = index + 1
         if self.window is not None:
@@ -364,7 +379,11 @@ class TieredCache:
         """Take the sequence's pins away, tail first, and empty its block table."""
         for key in seq.block_keys[seq.num_sealed :]:
             self._claims.drop(seq, key)
+        if self.keeps.is_active:
+            self.keeps.released(seq)
         self._drop_from(seq, 0)
+        if seq.owner is not None:
+            self.pool.trim(seq.owner)
         seq.num_computed = seq.num_sealed = seq.num_released = 0
         if seq.tail is not None:
             tail, seq.tail = seq.tail, None
@@ -375,7 +394,7 @@ class TieredCache:
         dropped = seq.blocks[index:]
         if self.moves is not None:
             self.loads.forget(seq, dropped)
-        hint_of = self._hints(seq, ends_use=True)
+        hint_of = self._hints.of_use(seq, ends=True)
         for block in reversed(dropped):
             if block is not None:
                 self.pool.unpin(block, hint_of(block.depth))
@@ -399,7 +418,7 @@ class TieredCache:
         first = min(self._walker.first_needed(num_tokens), len(seq.blocks))
         if first <= seq.num_released:
             return
-        hint_of = self._hints(seq, ends_use=True)
+        hint_of = self._hints.of_use(seq, ends=True)
         for index in range(seq.num_released, first):
             block = seq.blocks[index]
             if block is not None:
@@ -413,6 +432,8 @@ class TieredCache:
 
     def poll(self) -> None:
         """End what has ended in the background and tell the sequences that waited."""
+        if self.keeps.is_active:
+            self.keeps.poll()
         if self.moves is None or self.lower is None:
             return
         for ended in self.moves.poll():
@@ -457,8 +478,10 @@ class TieredCache:
 
     @property
     def has_background_work(self) -> bool:
-        """Moves are in flight, or blocks are offered that will begin to move."""
-        return self.has_moves or (self.lower is not None and self.lower.num_queued > 0)
+        """Moves or erasures are in flight, or blocks are offered that will begin to move."""
+        if self.moves is None or self.lower is None:
+            return False
+        return self.moves.has_work or self.lower.num_queued > 0
 
     @property
     def has_moves(self) -> bool:
@@ -472,29 +495,3 @@ class TieredCache:
     def _leaving(self, blocks: list[Block]) -> None:
         if self.lower is not None:
             self.lower.leaving_pool(blocks)
-
-    def _hints(self, seq: BlockHolder, *, ends_use: bool = False) -> _HintMaker:
-        return _HintMaker(self._clock.now(), self.block_size, seq.priority, ends_use)
-
-    def hint_of(self, block: Block) -> AccessHint:
-        """For an access that no request is behind, such as a move."""
-        return AccessHint(self._clock.now(), block.depth, self.block_size)
-
-
-class _HintMaker:
-    """Makes the hints of one access; only the depth differs between its blocks."""
-
-    __slots__ = ("ends_use", "now", "priority", "tokens")
-
-    def __init__(self, now: float, tokens: int, priority: int, ends_use: bool) -> None:
-        self.now, self.tokens, self.priority, self.ends_use = now, tokens, priority, ends_use
-
-    def __call__(self, depth: int) -> AccessHint:
-        return AccessHint(
-            self.now, depth, self.tokens, priority=self.priority, ends_use=self.ends_use
-        )
-
-
-def held_blocks(sequences: Sequence[BlockHolder]) -> list[Block]:
-    """Every block reference that the sequences hold, repeated as often as it is held."""
-    return [block for seq in sequences for block in seq.blocks if block is not None]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 
 from tierkv.cache.evictor import CPU, GPU, NVME
 from tierkv.cache.lookup import Match, is_partly_loading, loads_by_tier
 from tierkv.cache.tiered_cache import TieredCache
+from tierkv.engine.outputs import PromptSources
 from tierkv.engine.preemption import SchedulingPolicies
 from tierkv.engine.request import SeqState, Sequence
 from tierkv.metrics import Metrics
@@ -31,30 +32,64 @@ class Loader:
         self._cache = cache
         self._clock = clock
         self._look_again_s = float("-inf")
+        self._promised_s: float | None = None
+        self._computing: dict[int, tuple[int, float, float]] = {}
         self._policies = policies
         self._metrics = metrics
 
     def choose(self, seq: Sequence, match: Match) -> tuple[Match, int]:
         """What of the match to acquire, and how many of its missing blocks to compute meanwhile."""
+        self._promised_s = None
         if not match.num_loads:
             return match, 0
         if seq.state is SeqState.SWAPPED or self._cache.window is not None:
             return match, 0
-        head = self._policies.load.choose(self._view(match)).num_head
+        view = self._view(match)
+        head = self._policies.load.choose(view).num_head
         if head >= match.num_loads:
             self._metrics.recomputes_chosen += 1
+            target = len(match.blocks) * self._cache.block_size
+            self._computing[seq.seq_id] = target, view.recompute_s, self._clock.now()
             return self._cache.lookup(seq, use_lower=False), 0
         self._metrics.loads_chosen += 1
-        return match, 0 if is_partly_loading(match) else head
+        head = 0 if is_partly_loading(match) else head
+        per_block_s = (view.load_s - view.load_latency_s) / match.num_loads
+        self._promised_s = view.load_latency_s + per_block_s * (match.num_loads - head)
+        return match, head
+
+    def note_begun(self, seq: Sequence) -> None:
+        """What `choose` decided for the sequence has begun."""
+        if self._promised_s is not None:
+            self._cache.loads.expect(seq, self._promised_s)
+
+    def note_ended(self, running: Mapping[int, Sequence]) -> None:
+        """Compare what loads and computations took with what they were expected to."""
+        if self._cache.moves is None:
+            return
+        for promised_s, took_s in self._cache.loads.take_timed():
+            self._metrics.note_load(promised_s, took_s)
+        for seq_id, (target, promised_s, begun_s) in list(self._computing.items()):
+            seq = running.get(seq_id)
+            if seq is not None and seq.num_computed >= target:
+                self._metrics.note_recompute(promised_s, self._clock.now() - begun_s)
+            if seq is None or seq.num_computed >= target:
+                del self._computing[seq_id]
 
     def note_hits(self, seq: Sequence, match: Match, num_head: int) -> None:
-        """Count what a new request finds below the pool."""
-        if not match.num_loads or seq.request.first_scheduled_s is not None:
+        """Count what a new request finds below the pool; what it finds in it comes later."""
+        request = seq.request
+        if request.first_scheduled_s is not None:
+            return
+        request.prompt_sources = sources = PromptSources()
+        if not match.num_loads:
             return
         first = len(match.blocks) - match.num_loads + num_head
         counts = loads_by_tier(Match(match.blocks[first:]))
-        self._metrics.hit_tokens_cpu += counts[CPU] * self._cache.block_size
-        self._metrics.hit_tokens_nvme += counts[NVME] * self._cache.block_size
+        request.num_head_tokens = num_head * self._cache.block_size
+        sources.cpu = counts[CPU] * self._cache.block_size
+        sources.nvme = counts[NVME] * self._cache.block_size
+        self._metrics.hit_tokens_cpu += sources.cpu
+        self._metrics.hit_tokens_nvme += sources.nvme
 
     def _view(self, match: Match) -> LoadView:
         cost, block_size = self._policies.cost, self._cache.block_size

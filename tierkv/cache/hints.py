@@ -1,0 +1,93 @@
+"""What eviction policies are told of an access."""
+
+from __future__ import annotations
+
+from tierkv.cache.holder import BlockHolder
+from tierkv.cache.prefix_tree import Block
+from tierkv.cache.residency import CopyState
+from tierkv.policies.base import AccessHint
+from tierkv.protocols import Clock, CostModel
+from tierkv.types import TierName
+
+_BELOW = {tier: list(TierName)[i + 1 :] for i, tier in enumerate(TierName)}
+
+
+class HintMaker:
+    """Makes the hints of one access; only the depth differs between its blocks."""
+
+    __slots__ = ("ends_use", "now", "priority", "tenant", "tokens", "turn", "wishes")
+
+    def __init__(self, now: float, tokens: int, seq: BlockHolder, ends_use: bool) -> None:
+        self.now, self.tokens, self.ends_use = now, tokens, ends_use
+        self.priority, self.tenant, self.wishes = seq.priority, seq.tenant, seq.hints
+        self.turn = seq.turn
+
+    def __call__(self, depth: int) -> AccessHint:
+        hint = AccessHint(
+            self.now, depth, self.tokens, priority=self.priority, ends_use=self.ends_use
+        )
+        if self.tenant:
+            hint.tenant = self.tenant
+        if self.wishes is not None:
+            hint.session, hint.stop_reason = self.wishes.session_id, self.wishes.turn
+            hint.turn = self.turn
+        return hint
+
+
+class Hints:
+    """Hints for all accesses of one cache.
+
+    Args:
+        clock: supplies `AccessHint.now`.
+        block_size: tokens per block.
+    """
+
+    def __init__(self, clock: Clock, block_size: int) -> None:
+        self._clock = clock
+        self._block_size = block_size
+
+    def of_use(self, seq: BlockHolder, *, ends: bool = False) -> HintMaker:
+        """The sequence uses blocks now, or ceases to."""
+        return HintMaker(self._clock.now(), self._block_size, seq, ends)
+
+    def of_block(self, block: Block) -> AccessHint:
+        """For an access that no request is behind, such as a move."""
+        hint = AccessHint(self._clock.now(), block.depth, self._block_size)
+        if block.owner is not None:
+            hint.tenant = block.owner.tenant
+        return hint
+
+
+class BlockCosts:
+    """What a tier loses with a block, for policies that weigh it.
+
+    Args:
+        cost: what loading and computing take.
+    """
+
+    def __init__(self, cost: CostModel) -> None:
+        self._cost = cost
+
+    def priced(self, hint: AccessHint, block: Block, tier: TierName) -> AccessHint:
+        """The hint with the seconds that one block more of a load from below `tier` takes (0 when
+        nothing below holds the block), and those of computing it."""
+        return AccessHint(
+            hint.now,
+            hint.depth,
+            hint.tokens,
+            self._load_s(block, tier),
+            self._cost.compute_s(block.depth * hint.tokens, hint.tokens),
+            hint.session,
+            hint.turn,
+            hint.stop_reason,
+            hint.tenant,
+            hint.priority,
+            hint.ends_use,
+        )
+
+    def _load_s(self, block: Block, tier: TierName) -> float:
+        for below in _BELOW[tier]:
+            copy = block.copies.get(below)
+            if copy is not None and copy.state is CopyState.READY:
+                return self._cost.up_s(below, 1) - self._cost.up_s(below, 0)
+        return 0.0
