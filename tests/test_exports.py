@@ -24,6 +24,7 @@ EXPORTS = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TierkvError",
     "UnsupportedModelError",
     "__version__",

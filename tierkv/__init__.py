@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tierkv.config import EngineConfig
     from tierkv.engine.async_llm import AsyncLLM
     from tierkv.engine.beam import BeamSearchParams
+    from tierkv.engine.grammar_params import StructuredOutputsParams
     from tierkv.engine.llm import LLM
     from tierkv.engine.outputs import CompletionOutput, RequestOutput
     from tierkv.engine.sampling_params import SamplingParams
@@ -43,6 +44,7 @@ __all__ = [
     "RequestError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TierkvError",
     "UnsupportedModelError",
     "__version__",
@@ -56,6 +58,7 @@ _HOMES = {
     "LLM": "tierkv.engine.llm",
     "RequestOutput": "tierkv.engine.outputs",
     "SamplingParams": "tierkv.engine.sampling_params",
+    "StructuredOutputsParams": "tierkv.engine.grammar_params",
 }
 
 

@@ -105,13 +105,16 @@ class EngineConfig:
         "promote before its turn: none, queue (new requests), lookahead (swapped ones too)",
         choices=("none", "queue", "lookahead"),
     )
+    pin_budget: int | str | None = option(
+        None, "bytes that may be pinned, e.g. 8GiB; default: a quarter of the last tier"
+    )
     load_timeout: float = option(10.0, "seconds after which a load counts as a miss")
     oversubscribe: bool = option(False, "run more sequences than fit, in turns, by swapping")
     time_slice: int = option(64, "tokens of one turn with oversubscribe")
 
     max_num_seqs: int = option(256, "sequences running at once, at most")
     max_num_batched_tokens: int = option(2048, "tokens in one step, at most (chunked prefill)")
-    scheduling_policy: str = option("fcfs", "order of waiting requests: fcfs, priority, lpm")
+    scheduling_policy: str = option("fcfs", "order of waiting requests: fcfs, priority, lpm, fair")
     preemption_victim: str = option("latest", "whom to preempt: latest, priority, largest")
 
     def __post_init__(self) -> None:
@@ -133,7 +136,7 @@ class EngineConfig:
                 raise ConfigError("num_gpu_blocks", self.num_gpu_blocks, fix)
 
     def _check_tiers(self) -> None:
-        for name in ("cpu_cache_size", "nvme_cache_size", "nvme_write_rate"):
+        for name in ("cpu_cache_size", "nvme_cache_size", "nvme_write_rate", "pin_budget"):
             if getattr(self, name) is not None:
                 setattr(self, name, parse_bytes(getattr(self, name), name))
         if self.nvme_path is not None:

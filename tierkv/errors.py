@@ -7,6 +7,8 @@
   - RequestError            a bad request (names field, value and fix); the engine keeps serving
     + CapacityError         a request that can never fit (with the numbers)
     + QueueFullError        the waiting queue is at its bound; try again later
+    + ConflictError         it cannot be done as things stand (with the numbers)
+    + NotFoundError         it names something that is not there
   - EngineDeadError         the engine process ended; nothing more will be answered
 
 A sick tier is none of these: it is a miss, counted, and the block is recomputed.
@@ -62,6 +64,14 @@ class CapacityError(RequestError):
 
 class QueueFullError(RequestError):
     """The waiting queue is full; the request was not accepted."""
+
+
+class ConflictError(RequestError):
+    """What is asked for cannot be done as things stand; `fix` says what stands in the way."""
+
+
+class NotFoundError(RequestError):
+    """The request names something that is not there."""
 
 
 class EngineDeadError(TierkvError):

@@ -167,8 +167,8 @@ def test_an_engine_killed_while_it_starts(
 
     launch = module._launch
 
-    def launch_and_kill(directory: Path) -> subprocess.Popen[bytes]:
-        process = launch(directory)
+    def launch_and_kill(*arguments: Any) -> subprocess.Popen[bytes]:
+        process = launch(*arguments)
         process.kill()
         return process
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Any
 
+from tierkv.cache.block_port import TierPort
 from tierkv.cache.layout import KVLayout
 from tierkv.cache.pools import GpuPool, num_pool_blocks
 from tierkv.config import EngineConfig
 from tierkv.engine.calibrate import measure_compute
 from tierkv.engine.core import EngineCore, EngineInfo, MonotonicClock
+from tierkv.engine.grammar import GrammarCompiler, make_vocabulary
 from tierkv.engine.sampler import TorchSampler
 from tierkv.engine.tiers import open_tiers, parse_offload
+from tierkv.engine.tokenizer import load_tokenizer
 from tierkv.errors import ConfigError
 from tierkv.kernels.ops import get_backend
 from tierkv.model.loaded import LoadedModel, dtype_name
@@ -46,6 +50,8 @@ def build_engine(config: EngineConfig) -> EngineCore:
         device=loaded.device.type,
         fingerprint=loaded.fingerprint,
         window=window,
+        layout=layout.fingerprint,
+        block_bytes=layout.block_bytes,
     )
     pool = GpuPool(layout, num_blocks, loaded.device)
     logger.debug("attention kernels: %s", get_backend())  # compiled now, not in the first request
@@ -56,12 +62,27 @@ def build_engine(config: EngineConfig) -> EngineCore:
         cost = measure_compute(loaded, layout)
         tiers = open_tiers(config, layout, loaded.fingerprint, pool, cost)
         info.tiers = tiers.lines if tiers is not None else []
+    port = TierPort(pool, *((tiers.arena, tiers.store) if tiers is not None else ()))
+    sampler, clock = TorchSampler(config.seed), MonotonicClock()
     try:
-        return EngineCore(config, info, runner, TorchSampler(config.seed), MonotonicClock(), tiers)
+        compiler = grammars(config, info)
+        return EngineCore(config, info, runner, sampler, clock, tiers, compiler, port)
     except BaseException:
         if tiers is not None:
             tiers.close()
         raise
+
+
+def grammars(config: EngineConfig, info: EngineInfo) -> GrammarCompiler:
+    """A compiler that loads the model's tokenizer when it is first needed."""
+
+    def vocabulary() -> Any:
+        tokenizer = load_tokenizer(
+            info.tokenizer, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+        return make_vocabulary(tokenizer, info.vocab_size, info.eos_token_ids)
+
+    return GrammarCompiler(vocabulary)
 
 
 def _max_model_len(

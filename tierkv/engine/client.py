@@ -30,7 +30,7 @@ _EXIT_S = 20.0  # an engine's close takes up to 15
 # interpreter needs no `if __name__ == "__main__"` in the user's program.
 _PROGRAM = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from tierkv.engine.process import main; main(sys.argv[2])"
+    "from tierkv.engine.process import main; main(*sys.argv[2:])"
 )
 
 Message = Callable[[str, list[Any]], None]
@@ -46,13 +46,14 @@ class EngineClient:
 
     Args:
         config: engine options.
+        log_format: how the process logs; None leaves Python's defaults.
 
     Raises:
         TierkvError: what the engine raised while it started (a ConfigError, ...).
         EngineDeadError: it ended without saying why.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, log_format: str | None = None) -> None:
         self._directory = _make_directory()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._send_lock = threading.Lock()
@@ -61,7 +62,7 @@ class EngineClient:
         self._is_closed = False
         self._outbox = connect_push(self._context, self._directory / TO_ENGINE)
         self._inbox = bind_pull(self._context, self._directory / FROM_ENGINE)
-        self.process = _launch(self._directory)
+        self.process = _launch(self._directory, log_format)
         self._finalizer = weakref.finalize(self, _clean_up, self.process, self._directory)
         try:
             self.send("start", wire.encode_config(config))
@@ -87,6 +88,10 @@ class EngineClient:
         with self._send_lock:
             if not self._outbox.closed:
                 self._outbox.send(message)
+
+    def kill(self) -> None:
+        """End the process at once. `close` is still due."""
+        self.process.kill()
 
     def close(self) -> None:
         """End the process, politely at first, and remove its sockets. Idempotent."""
@@ -165,10 +170,15 @@ def _make_directory() -> Path:
     return directory
 
 
-def _launch(directory: Path) -> subprocess.Popen[bytes]:
+def _launch(directory: Path, log_format: str | None) -> subprocess.Popen[bytes]:
     modules = json.dumps([path for path in sys.path if isinstance(path, str)])
     command = [sys.executable, "-c", _PROGRAM, modules, str(directory)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE)
+    environment = dict(os.environ)
+    if log_format is not None:
+        command.append(log_format)
+    if log_format == "json":
+        environment |= {"TQDM_DISABLE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
 
 
 def _clean_up(process: subprocess.Popen[bytes], directory: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tierkv.cache.check import check_cache
 from tierkv.cache.lower_tiers import MoveLimits, TierSpec
@@ -14,6 +15,9 @@ from tierkv.cache.recovery import forget_all, recover
 from tierkv.cache.tiered_cache import TieredCache
 from tierkv.config import EngineConfig, per_tier
 from tierkv.engine.cost import MeasuredCost
+from tierkv.engine.grammar import Grammar, GrammarCompiler
+from tierkv.engine.kv_control import KvControl
+from tierkv.engine.kv_hints import KvHints
 from tierkv.engine.outputs import SequenceOutput
 from tierkv.engine.plan import Plan
 from tierkv.engine.preemption import SchedulingPolicies
@@ -25,9 +29,16 @@ from tierkv.errors import ConfigError, EngineDeadError, RequestError
 from tierkv.metrics import Metrics
 from tierkv.policies import registry
 from tierkv.policies.admission import ByteRateLimit
-from tierkv.protocols import Clock, Executor, Mover, Sampler
-from tierkv.storage.base import StoredBlock
+from tierkv.policies.base import EvictionPolicy
+from tierkv.protocols import BlockPort, Clock, Executor, Mover, Sampler
+from tierkv.storage.arena import HostArena
+from tierkv.storage.base import BlockStore, StoredBlock
 from tierkv.types import FinishReason, TierName
+
+if TYPE_CHECKING:
+    from tierkv.engine.beam import BeamSearchParams
+
+logger = logging.getLogger(__name__)
 
 _WAIT_S = 0.005  # for a move, when there is nothing to compute
 _RESET_S = 30.0
@@ -36,7 +47,8 @@ _CLOSE_S = 5.0  # what has not gone down by then is not kept
 
 @dataclass(slots=True)
 class EngineRequest:
-    """A request as it crosses the process border. See `Request` for the fields."""
+    """A request as it crosses the process border. See `Request` for the fields; with `beam` the
+    engine's process searches, and `params` only say how the results are shown."""
 
     request_id: str
     prompt_token_ids: list[int]
@@ -44,6 +56,9 @@ class EngineRequest:
     priority: int = 0
     cache_salt: str = ""
     is_stepped: bool = False
+    tenant: str = ""
+    hints: KvHints | None = None
+    beam: BeamSearchParams | None = None
 
 
 @dataclass(slots=True)
@@ -62,6 +77,8 @@ class EngineInfo:
     fingerprint: bytes = b""
     window: int | None = None
     tiers: list[str] = field(default_factory=list)
+    layout: str = ""
+    block_bytes: int = 1
 
 
 @dataclass(slots=True)
@@ -77,6 +94,7 @@ class LowerTierSetup:
         stored: what a persistent tier brought back.
         close: lets go of all of them, when nothing moves any more.
         lines: what was opened, for people.
+        arena, store: the tiers themselves.
     """
 
     specs: list[TierSpec]
@@ -87,6 +105,8 @@ class LowerTierSetup:
     stored: list[StoredBlock]
     close: Callable[[], None]
     lines: list[str] = field(default_factory=list)
+    arena: HostArena | None = None
+    store: BlockStore | None = None
 
 
 class MonotonicClock:
@@ -104,6 +124,8 @@ class EngineCore:
         info: facts of the loaded model and its pool.
         executor, sampler, clock: the seams of `tierkv.protocols`.
         tiers: the tiers below the pool, if there are any.
+        grammars: compiles what requests say of their outputs; None refuses such requests.
+        port: the bytes of blocks, for export, import and sleep; None refuses these.
 
     Raises:
         ConfigError: a policy that does not exist.
@@ -117,19 +139,20 @@ class EngineCore:
         sampler: Sampler,
         clock: Clock,
         tiers: LowerTierSetup | None = None,
+        grammars: GrammarCompiler | None = None,
+        port: BlockPort | None = None,
     ) -> None:
-        self.info = info
+        self.info, self.grammars = info, grammars
         self._executor, self._sampler, self._clock = executor, sampler, clock
         self._metrics = Metrics()
         # Also when nobody calls `close`: threads and files would outlive the engine.
         self._close_tiers = weakref.finalize(self, tiers.close if tiers is not None else _nothing)
         self._cost = tiers.cost if tiers is not None else MeasuredCost(1)
+        self._eviction = per_tier("eviction_policy", config)
         self.cache = TieredCache(
             info.num_gpu_blocks,
             info.block_size,
-            make_policy(
-                "eviction", "eviction_policy", per_tier("eviction_policy", config)[TierName.GPU]
-            ),
+            make_policy("eviction", "eviction_policy", self._eviction[TierName.GPU]),
             clock,
             fingerprint=info.fingerprint,
             enable_prefix_caching=config.enable_prefix_caching,
@@ -138,6 +161,7 @@ class EngineCore:
             mover=tiers.mover if tiers is not None else None,
             slot_bytes=tiers.slot_bytes if tiers is not None else 1,
             limits=tiers.limits if tiers is not None else None,
+            cost=self._cost,
         )
         if tiers is not None and tiers.stored:
             recover(self.cache, tiers.stored)
@@ -150,6 +174,8 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
+        self.control = KvControl(self.cache, self.scheduler, info, clock, port, self._eviction_of)
+        self.control.set_pin_budget(config.pin_budget)
         self._outbox: list[SequenceOutput] = []
         self._stepped: dict[int, Sequence] = {}
         self._failure: BaseException | None = None
@@ -165,7 +191,7 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._outbox) or self.scheduler.has_work
+        return bool(self._outbox) or (self.control.is_awake and self.scheduler.has_work)
 
     def step(self) -> list[SequenceOutput]:
         """Plan, run, sample, commit; returns news of every sequence that has any.
@@ -183,6 +209,8 @@ class EngineCore:
             raise
 
     def _step(self) -> list[SequenceOutput]:
+        if not self.control.is_awake:
+            return self._rest()
         self.cache.poll()
         if self.cache.moves is not None:
             self._cost.note_moves(self.cache.moves.stats)
@@ -197,38 +225,49 @@ class EngineCore:
         outputs, self._outbox = self._outbox + outputs, []
         return outputs
 
+    def _rest(self) -> list[SequenceOutput]:
+        self.work_in_background()
+        self._forget_finished()
+        outputs, self._outbox = self._outbox, []
+        return outputs
+
     def _run(self, plan: Plan) -> list[SequenceOutput]:
         start = self._clock.now()
         logits = self._executor.run(plan)
         results = self._sampler.sample(logits, plan)
-        chunks = [(row.start, row.num_tokens) for row in plan.rows if row.num_tokens > 1]
+        chunks = [row for row in plan.rows if row.num_tokens > 1]
         if chunks:
-            self._cost.note_step(chunks, self._clock.now() - start)
+            end = self._clock.now()
+            self._cost.note_step([(row.start, row.num_tokens) for row in chunks], end - start)
+            self.scheduler.timeline.note_chunks(chunks, start, end)
         return self.scheduler.commit(plan, results)
 
     @property
     def has_background_work(self) -> bool:
         """Moves or offers are left that `work_in_background` would advance."""
-        return self.cache.has_background_work
+        return self.cache.has_background_work or self.control.is_falling_asleep
 
     def work_in_background(self) -> None:
         """Advance moves while there is no request; does not wait."""
         self.cache.poll()
         self.cache.begin(self.cache.take_moves())
+        self.control.sleeper.advance()
 
     def _forget_finished(self) -> None:
         for seq in self.scheduler.take_finished():
             self._executor.forget(seq.seq_id)
             self._sampler.forget(seq.seq_id)
             self._stepped.pop(seq.seq_id, None)
+            if seq.hints is not None:
+                self.control.ended(seq)
 
     # ------------------------------------------------------------------ requests
 
-    def add_request(self, request: EngineRequest) -> None:
-        """Check and queue a request.
+    def add_request(self, request: EngineRequest, grammar: Grammar | None = None) -> None:
+        """Check and queue a request. Compiles its grammar, if it needs one and none is given.
 
         Raises:
-            RequestError: bad prompt or id; CapacityError: it could never fit.
+            RequestError: bad prompt, grammar or id; CapacityError: it could never fit.
         """
         self._check_prompt(request.prompt_token_ids)
         live = Request(
@@ -241,8 +280,12 @@ class EngineCore:
             cache_salt=request.cache_salt,
             eos_token_ids=frozenset(self.info.eos_token_ids),
             is_stepped=request.is_stepped,
+            grammar=grammar or self._grammar(request.params),
+            tenant=request.tenant,
+            hints=request.hints,
         )
         self.scheduler.add(live)
+        self.control.admit(live)
         if request.is_stepped:
             self._stepped[live.sequences[0].seq_id] = live.sequences[0]
 
@@ -260,6 +303,14 @@ class EngineCore:
                 f"must leave room for output within max_model_len={self.info.max_model_len}: "
                 "shorten it or raise max_model_len",
             )
+
+    def _grammar(self, params: SamplingParams) -> Grammar | None:
+        wanted = params.structured_outputs
+        if wanted is None:
+            return None
+        if self.grammars is None:
+            raise RequestError("structured_outputs", wanted, "is not served by this engine")
+        return self.grammars.compile(wanted)
 
     def _max_tokens(self, request: EngineRequest) -> int:
         room = self.info.max_model_len - len(request.prompt_token_ids)
@@ -298,6 +349,11 @@ class EngineCore:
         self.scheduler.finish_sequence(self._stepped_sequence(seq_id), FinishReason.STOP)
         self._forget_finished()
 
+    def _eviction_of(self, tier: TierName) -> EvictionPolicy:
+        """One more policy of the tier's kind."""
+        made: EvictionPolicy = make_policy("eviction", "eviction_policy", self._eviction[tier])
+        return made
+
     def _stepped_sequence(self, seq_id: int) -> Sequence:
         if seq_id not in self._stepped:
             raise RequestError("seq_id", seq_id, "is not a live sequence of a stepped request")
@@ -306,14 +362,32 @@ class EngineCore:
     # ------------------------------------------------------------------ state
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached blocks in all tiers; False, and nothing happens, while sequences hold
-        blocks."""
+        """Forget all cached blocks in all tiers, for good.
+
+        False, and nothing happens, while sequences hold blocks or a move does not end. False too
+        when a disk did not confirm in time that it has erased what was on it: this process has
+        forgotten all, the next one may find some. The log says why; erasing goes on.
+        """
         if self.scheduler.holders:
             return False
         if self.cache.lower is not None:
             self.cache.lower.clear_offers()
         self._wait_for_moves(_RESET_S)
-        return forget_all(self.cache)
+        return forget_all(self.cache) and self._is_erased(_RESET_S)
+
+    def _is_erased(self, timeout_s: float) -> bool:
+        """Whether all that was forgotten is gone from disk; what failed is tried once more."""
+        erasures = self.cache.moves.erasures if self.cache.moves is not None else None
+        if erasures is None or not erasures.num_open:
+            return True
+        erasures.retry()
+        end = time.monotonic() + timeout_s
+        while erasures.num_begun and time.monotonic() < end:
+            self.cache.wait(_WAIT_S)
+            self.cache.poll()
+        if failure := erasures.failure():
+            logger.warning("the prefix cache was reset, but on disk %s", failure)
+        return not erasures.num_open
 
     def flush(self, timeout_s: float) -> bool:
         """Let everything that is on its way to a lower tier arrive; whether it did in time."""
@@ -334,16 +408,10 @@ class EngineCore:
 
     def metrics(self) -> dict[str, Any]:
         """Counters since the start, and gauges of now, as a plain dict."""
-        cache = self.cache
         return self._metrics.as_dict() | {
             "running": len(self.scheduler.running),
             "waiting": len(self.scheduler.waiting),
-            "gpu_blocks": cache.num_blocks,
-            "gpu_blocks_free": cache.num_empty,
-            "gpu_blocks_cached": cache.evictors[TierName.GPU].num_evictable,
-            "gpu_blocks_used": cache.num_blocks - cache.num_available,
-            "gpu_blocks_evicted": cache.evictors[TierName.GPU].num_evicted,
-            **tier_metrics(cache),
+            **tier_metrics(self.cache, self._eviction),
         }
 
     def close(self) -> None:
@@ -353,8 +421,11 @@ class EngineCore:
             self._outbox.clear()
             if self._failure is None and self._close_tiers.alive:
                 self.flush(_CLOSE_S)
+                self._is_erased(_CLOSE_S)
         finally:
             self._close_tiers()
+            if self.grammars is not None:
+                self.grammars.close()
 
 
 def _nothing() -> None:

@@ -7,17 +7,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tierkv.engine.beam import BeamSearchParams
 from tierkv.engine.core import EngineInfo, EngineRequest
+from tierkv.engine.kv_hints import KvHints
 from tierkv.engine.sampling_params import SamplingParams
 from tierkv.engine.tokenizer import Tokenizer
 from tierkv.errors import RequestError
 
 Prompt = str | list[int] | Mapping[str, Any]
 """Text, token ids, or `{"prompt": str}` / `{"prompt_token_ids": [...]}`, each with an optional
-`"cache_salt"`."""
+`"cache_salt"`; the text also with `"add_special_tokens"`, which is True unless given."""
 
 _PROMPT_FORMS = 'a string, a list of token ids, {"prompt": ...} or {"prompt_token_ids": ...}'
-_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
+_ANY_LENGTH = 2**20
+"""Characters that are always tokenised: counting the tokens of a long text is no mistake."""
+
+_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt", "add_special_tokens"}
 
 
 @dataclass(slots=True)
@@ -28,6 +33,9 @@ class ParsedPrompt:
     token_ids: list[int] | None
     cache_salt: str = ""
     add_special_tokens: bool = True
+    tenant: str = ""
+    hints: KvHints | None = None
+    beam: BeamSearchParams | None = None
 
 
 def parse_prompt(prompt: Prompt) -> ParsedPrompt:
@@ -71,7 +79,10 @@ def _parse_mapping(prompt: Mapping[str, Any]) -> ParsedPrompt:
         raise RequestError("prompt", text, "must be a string")
     if text is None and ids is None:
         raise RequestError("prompt", dict(prompt), f"must be {_PROMPT_FORMS}")
-    return ParsedPrompt(text, None if ids is None else _token_ids(ids), salt)
+    adds = prompt.get("add_special_tokens", True)
+    if not isinstance(adds, bool):
+        raise RequestError("add_special_tokens", adds, "must be True or False")
+    return ParsedPrompt(text, None if ids is None else _token_ids(ids), salt, adds)
 
 
 def _token_ids(values: Any) -> list[int]:
@@ -172,8 +183,9 @@ class InputProcessor:
         if prompt.token_ids is not None:
             return prompt.token_ids
         assert prompt.text is not None
-        _check_unicode("prompt", prompt.text)
         tokenizer = self.require_tokenizer("prompt", prompt.text)
+        self._check_length(prompt.text, tokenizer)
+        _check_unicode("prompt", prompt.text)
         return tokenizer.encode(prompt.text, add_special_tokens=prompt.add_special_tokens)
 
     def request(
@@ -186,8 +198,30 @@ class InputProcessor:
         is_integer = isinstance(priority, int) and not isinstance(priority, bool)
         if not is_integer or not -(2**63) <= priority < 2**63:
             raise RequestError("priority", priority, "must be an integer of 64 bits")
-        token_ids = self.tokenize(prompt)
-        return EngineRequest(request_id, token_ids, params, priority, prompt.cache_salt)
+        token_ids = self._truncate(prompt, self.tokenize(prompt), params)
+        return EngineRequest(
+            request_id,
+            token_ids,
+            params,
+            priority,
+            prompt.cache_salt,
+            tenant=prompt.tenant,
+            hints=prompt.hints,
+            beam=prompt.beam,
+        )
+
+    def _truncate(
+        self, prompt: ParsedPrompt, token_ids: list[int], params: SamplingParams
+    ) -> list[int]:
+        """The last tokens of the prompt, and its text likewise, as far as they are asked for."""
+        most = params.truncate_prompt_tokens
+        if most == -1:
+            most = max(1, self._info.max_model_len - (params.max_tokens or 1))
+        if most is None or len(token_ids) <= most:
+            return token_ids
+        if prompt.text is not None:
+            prompt.text = self.require_tokenizer("prompt", "").decode(token_ids[-most:])
+        return token_ids[-most:]
 
     def chat_prompt(self, messages: list[dict[str, Any]], **options: Any) -> ParsedPrompt:
         """The prompt of a conversation; `options` are those of `Tokenizer.chat_text`."""
@@ -195,10 +229,20 @@ class InputProcessor:
         text = tokenizer.chat_text(messages, **options)
         return ParsedPrompt(text, None, add_special_tokens=False)  # the template wrote them
 
+    def _check_length(self, text: str, tokenizer: Tokenizer) -> None:
+        """Refuse a text that cannot fit before it costs a minute and gigabytes to tokenise."""
+        if len(text) <= _ANY_LENGTH:
+            return
+        limit = max(_ANY_LENGTH, self._info.max_model_len * tokenizer.longest_token)
+        if len(text) > limit:
+            fix = f"has {len(text)} characters: at most {limit} can be tokens of one prompt here"
+            raise RequestError("prompt", text[:100], fix)
+
     def _check_params(self, params: SamplingParams) -> None:
         if not isinstance(params, SamplingParams):
             raise RequestError("sampling_params", params, "must be SamplingParams")
         limit = self._info.vocab_size
-        for token_id in params.logit_bias or ():
-            if token_id >= limit:
-                raise RequestError("logit_bias", token_id, f"token ids must be in [0, {limit})")
+        for name in ("logit_bias", "allowed_token_ids"):
+            for token_id in getattr(params, name) or ():
+                if token_id >= limit:
+                    raise RequestError(name, token_id, f"token ids must be in [0, {limit})")

@@ -24,6 +24,7 @@ from tierkv.engine.inputs import (
     parse_prompt,
     parse_prompts,
 )
+from tierkv.engine.kv_hints import Hints, parse_each
 from tierkv.engine.output_processor import OutputProcessor, RequestState
 from tierkv.engine.outputs import RequestOutput, SequenceOutput
 from tierkv.engine.sampling_params import SamplingParams
@@ -62,6 +63,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: int | list[int] | None = None,
+        kv_hints: Hints | list[Hints] = None,
     ) -> list[RequestOutput]:
         """Complete all prompts; one output for each, in order.
 
@@ -74,12 +76,16 @@ class LLM:
             sampling_params: for all, or one for each; default `SamplingParams()`.
             use_tqdm: show a progress bar.
             priority: lower runs first under `scheduling_policy="priority"`; for all, or each.
+            kv_hints: what requests say of their own KV (`KvHints`, or a mapping of its fields);
+                for all, or each.
 
         Raises:
             RequestError: naming the field, the value and the fix.
         """
         parsed = parse_prompts(prompts)
         params = parse_params(sampling_params, len(parsed))
+        for prompt, hints in zip(parsed, parse_each(kv_hints, len(parsed)), strict=True):
+            prompt.hints = hints
         return self._run(parsed, params, _priorities(priority, len(parsed)), use_tqdm)
 
     def chat(
@@ -136,7 +142,8 @@ class LLM:
         self._engine.abort([request_id] if isinstance(request_id, str) else list(request_id))
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached blocks; False, and nothing happens, while requests hold blocks."""
+        """Forget all cached blocks, on disk too. False, and nothing happens, while requests hold
+        blocks; False, and the log says why, when a disk has not confirmed it."""
         return self._engine.reset_prefix_cache()
 
     def metrics(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from tierkv.engine.core import EngineRequest
 from tierkv.engine.detokenizer import StopStrings, make_detokenizer
 from tierkv.engine.outputs import (
     CompletionOutput,
+    PromptSources,
     RequestMetrics,
     RequestOutput,
     SequenceOutput,
@@ -137,6 +138,7 @@ class RequestState:
         self.prompt_token_ids = ids
         self.sequences = [SequenceState(i, params, tokenizer, ids) for i in range(params.n)]
         self.num_cached_tokens: int | None = None
+        self.prompt_sources: PromptSources | None = None
         self.metrics: RequestMetrics | None = None
         self.num_updates = 0
         self._tokenizer = tokenizer
@@ -153,6 +155,7 @@ class RequestState:
         self.num_updates += 1
         if news.num_cached_tokens is not None:
             self.num_cached_tokens = news.num_cached_tokens
+            self.prompt_sources = news.prompt_sources
         if news.metrics is not None:
             self.metrics = news.metrics
         if news.prompt_logprobs and self._prompt_logprobs is not None:
@@ -190,6 +193,7 @@ class RequestState:
             prompt_logprobs=list(self._prompt_logprobs) if self._prompt_logprobs else None,
             num_cached_tokens=self.num_cached_tokens,
             metrics=self.metrics,
+            prompt_sources=self.prompt_sources,
         )
 
 

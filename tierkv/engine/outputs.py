@@ -29,6 +29,32 @@ class SequenceOutput:
     stop_reason: int | str | None = None
     num_cached_tokens: int | None = None
     metrics: RequestMetrics | None = None
+    prompt_sources: PromptSources | None = None
+
+
+@dataclass(slots=True)
+class PromptSources:
+    """Tokens of a prompt whose KV was reused, by the tier that had it; the others were computed.
+
+    What a prefetch or another request had brought into the pool before counts as the pool's.
+    """
+
+    gpu: int = 0
+    cpu: int = 0
+    nvme: int = 0
+
+    def add(self, other: PromptSources) -> None:
+        """Count another prompt's too."""
+        self.gpu += other.gpu
+        self.cpu += other.cpu
+        self.nvme += other.nvme
+
+    def lose(self, num_tokens: int) -> None:
+        """So many of them could not be loaded after all."""
+        for tier in ("nvme", "cpu", "gpu"):
+            lost = min(num_tokens, getattr(self, tier))
+            setattr(self, tier, getattr(self, tier) - lost)
+            num_tokens -= lost
 
 
 @dataclass(slots=True)
@@ -71,6 +97,7 @@ class RequestOutput:
         prompt_logprobs: one entry per prompt position, None for the first, when asked for.
         outputs: one per parallel sample, in order of `index`.
         num_cached_tokens: prompt tokens whose KV was reused instead of computed.
+        prompt_sources: the same, by tier.
     """
 
     request_id: str
@@ -81,3 +108,4 @@ class RequestOutput:
     prompt_logprobs: list[PositionLogprobs | None] | None = None
     num_cached_tokens: int | None = None
     metrics: RequestMetrics | None = field(default=None)
+    prompt_sources: PromptSources | None = None

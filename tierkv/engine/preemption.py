@@ -104,10 +104,24 @@ class Preemptor:
             longest.queued_s = self._clock.now()  # behind those that wait already
             self.preempt(longest, Mode.SWAP)
 
+    def stop_all(self, loading: dict[int, Sequence]) -> None:
+        """All that runs or is loaded goes back to the queue; swapped, where that is possible."""
+        for seq in list(self._running.values()):
+            is_mixed = seq.load_tokens or seq.num_uncommitted or self._cache.lower is None
+            self.preempt(seq, Mode.RECOMPUTE if is_mixed else Mode.SWAP)
+        for seq in list(loading.values()):
+            del loading[seq.seq_id]
+            self._cache.release(seq)
+            seq.move_to(SeqState.WAITING)
+            seq.epoch += 1
+            self._waiting.add(seq)
+
     def preempt(self, seq: Sequence, mode: Mode | None = None) -> None:
         """Back to the queue; its full blocks stay in the cache as long as there is room."""
         if mode is None:
             mode = self._choose_mode(seq)
+        if seq.hints is not None and seq.hints.no_store:
+            mode = Mode.RECOMPUTE  # nothing of it goes to another tier
         del self._running[seq.seq_id]
         if mode is Mode.SWAP:
             self._cache.swap_out(seq)

@@ -20,10 +20,16 @@ from typing import Any
 
 import zmq
 
+from tierkv import logs
 from tierkv.config import EngineConfig
 from tierkv.engine import wire
+from tierkv.engine.beam_runner import BeamRunner
 from tierkv.engine.core import EngineCore
+from tierkv.engine.grammar_queue import GrammarQueue
+from tierkv.engine.observe import Observer
+from tierkv.engine.outputs import SequenceOutput
 from tierkv.errors import ConfigError, RequestError
+from tierkv.types import FinishReason
 
 TO_ENGINE, FROM_ENGINE = "to-engine", "from-engine"
 _LINGER_MS = 2000
@@ -44,17 +50,22 @@ class EngineLoop:
     ) -> None:
         self._engine, self._inbox, self._outbox = engine, inbox, outbox
         self._is_stopping = False
+        self._grammars, self._beams = GrammarQueue(engine.grammars), BeamRunner(engine)
         self._handlers: dict[str, Callable[..., None]] = {
             "add": self._add,
-            "abort": engine.abort,
+            "abort": self._abort,
             "stop": engine.stop_sequence,
             "call": self._call,
             "shutdown": self._shut_down,
         }
-        self._calls: dict[str, Callable[[], Any]] = {
+        observer = Observer(engine.scheduler)
+        self._calls: dict[str, Callable[..., Any]] = {
             "metrics": engine.metrics,
             "reset_prefix_cache": engine.reset_prefix_cache,
             "ping": lambda: True,
+            "snapshot": observer.snapshot,
+            "request": observer.request,
+            **engine.control.calls,
         }
 
     def run(self) -> None:
@@ -63,12 +74,13 @@ class EngineLoop:
             self._receive()
             if self._is_stopping:
                 return
-            if outputs := self._engine.step():
+            if outputs := self._beams.advance(self._engine.step()):
                 self._send("outputs", [wire.encode_output(output) for output in outputs])
 
     def _receive(self) -> None:
         """Handle all messages that are there; wait for one when the engine has no work."""
         while not self._is_stopping:
+            self._add_compiled()
             if not self._engine.has_work:
                 self._wait()
             try:
@@ -82,9 +94,15 @@ class EngineLoop:
                 return
 
     def _wait(self) -> None:
-        """For a message; moves that are under way go on meanwhile."""
-        while self._engine.has_background_work and not self._inbox.poll(_BACKGROUND_MS):
-            self._engine.work_in_background()
+        """For a message or a grammar; moves that are under way go on meanwhile."""
+        while not self._grammars.is_empty or self._engine.has_background_work:
+            if self._inbox.poll(_BACKGROUND_MS):
+                return
+            if self._engine.has_background_work:
+                self._engine.work_in_background()
+            self._add_compiled()
+            if self._engine.has_work:
+                return
 
     def _handle(self, message: bytes) -> None:
         kind, values = wire.unpack(message)
@@ -95,19 +113,50 @@ class EngineLoop:
 
     def _add(self, packed: list[Any]) -> None:
         try:
-            self._engine.add_request(wire.decode_request(packed))
+            request = wire.decode_request(packed)
+            if request.beam is not None:
+                self._beams.add(request)
+            elif not self._grammars.add(request):
+                self._engine.add_request(request)
         except RequestError as error:
-            self._send("rejected", packed[0], wire.encode_error(error))
+            self._reject(packed[0], error)
 
-    def _call(self, call_id: int, name: str) -> None:
-        self._send("result", call_id, self._calls[name]())
+    def _add_compiled(self) -> None:
+        """Go on with requests that waited for their grammar."""
+        if self._grammars.is_empty:
+            return
+        for request, grammar in self._grammars.take():
+            try:
+                if isinstance(grammar, RequestError):
+                    raise grammar
+                self._engine.add_request(request, grammar)
+            except RequestError as error:
+                self._reject(request.request_id, error)
+
+    def _reject(self, request_id: str, error: RequestError) -> None:
+        self._send("rejected", request_id, wire.encode_error(error))
+
+    def _abort(self, request_ids: list[str]) -> None:
+        held = self._grammars.discard(request_ids)
+        ended = [SequenceOutput(i, -1, 0, [], finish_reason=FinishReason.ABORT) for i in held]
+        if ended:
+            self._send("outputs", [wire.encode_output(output) for output in ended])
+        self._engine.abort(request_ids)
+
+    def _call(self, call_id: int, name: str, *arguments: Any) -> None:
+        try:
+            self._send("result", call_id, self._calls[name](*arguments))
+        except RequestError as error:
+            self._send("refused", call_id, wire.encode_error(error))
 
     def _shut_down(self) -> None:
         self._is_stopping = True
 
 
-def main(directory: str) -> None:
+def main(directory: str, log_format: str | None = None) -> None:
     """Run the engine behind the sockets in `directory`, then end this process."""
+    if log_format is not None:
+        logs.configure(log_format)
     # Ctrl-C in a terminal, and SIGTERM of a service manager, reach every process of the group; the
     # front end decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -147,6 +196,8 @@ def _serve(inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> int:
         engine = EngineCore.from_config(EngineConfig.from_mapping(options))
     except BaseException as error:
         return _report("failed", error, outbox)
+    if engine.grammars is not None:
+        engine.grammars.preload()
     # The model's objects live as long as the process: no collection need look at them again.
     gc.collect()
     gc.freeze()

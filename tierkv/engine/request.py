@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tierkv.errors import InvariantError
@@ -10,6 +11,10 @@ from tierkv.types import BlockKey, FinishReason
 
 if TYPE_CHECKING:
     from tierkv.cache.prefix_tree import Block
+    from tierkv.cache.shares import Share
+    from tierkv.engine.grammar import Grammar
+    from tierkv.engine.kv_hints import KvHints
+    from tierkv.engine.outputs import PromptSources
     from tierkv.engine.sampling_params import SamplingParams
 
 
@@ -50,6 +55,13 @@ class Request:
         eos_token_ids: tokens that end a sequence unless `params.ignore_eos`.
         is_stepped: the caller chooses every token (beam search): a sequence stops after each
             step until it is advanced or forked.
+        grammar: what `params.structured_outputs` asks for, compiled.
+        num_cached_tokens, prompt_sources: prompt tokens that were reused, together and by tier.
+        num_head_tokens: prompt tokens computed, though a tier had them, while others were loaded.
+        tenant: whose it is, empty when nobody says.
+        hints: what it says of its own KV.
+        turn: its number within its session, from 1; 0 without one.
+        owner: whose quota its blocks count for, if anybody's.
     """
 
     __slots__ = (
@@ -63,8 +75,15 @@ class Request:
         "stop_token_ids",
         "max_tokens",
         "is_stepped",
+        "grammar",
+        "tenant",
+        "hints",
+        "turn",
+        "owner",
         "sequences",
         "num_cached_tokens",
+        "num_head_tokens",
+        "prompt_sources",
         "first_scheduled_s",
         "first_token_s",
         "num_preemptions",
@@ -83,6 +102,9 @@ class Request:
         cache_salt: str = "",
         eos_token_ids: frozenset[int] = frozenset(),
         is_stepped: bool = False,
+        grammar: Grammar | None = None,
+        tenant: str = "",
+        hints: KvHints | None = None,
     ) -> None:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
@@ -94,8 +116,14 @@ class Request:
         self.stop_token_ids = self.eos_token_ids | frozenset(params.stop_token_ids)
         self.max_tokens = max_tokens
         self.is_stepped = is_stepped
+        self.grammar = grammar
+        self.tenant, self.hints = tenant, hints
+        self.turn = 0
+        self.owner: Share | None = None
         self.sequences: list[Sequence] = []
         self.num_cached_tokens: int | None = None
+        self.num_head_tokens = 0
+        self.prompt_sources: PromptSources | None = None
         self.first_scheduled_s: float | None = None
         self.first_token_s: float | None = None
         self.num_preemptions = 0
@@ -129,6 +157,7 @@ class Sequence:
             `load_tokens` tokens, which are being loaded; 0 tokens when nothing is.
         tail, tail_tokens: the partial block of a swapped sequence, and how many tokens it reaches.
         is_paused: a stepped sequence whose next token its caller has not chosen yet.
+        on_move: is told of every change of `state`, and what it was before.
     """
 
     __slots__ = (
@@ -160,6 +189,7 @@ class Sequence:
         "num_uncommitted",
         "admitted_tokens",
         "queued_s",
+        "on_move",
     )
 
     def __init__(self, seq_id: int, request: Request, index: int, token_ids: list[int]) -> None:
@@ -191,6 +221,7 @@ class Sequence:
         self.num_uncommitted = 0
         self.admitted_tokens = 0
         self.queued_s = request.arrival_s
+        self.on_move: Callable[[Sequence, SeqState], None] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -204,6 +235,22 @@ class Sequence:
     @property
     def priority(self) -> int:
         return self.request.priority
+
+    @property
+    def hints(self) -> KvHints | None:
+        return self.request.hints
+
+    @property
+    def tenant(self) -> str:
+        return self.request.tenant
+
+    @property
+    def turn(self) -> int:
+        return self.request.turn
+
+    @property
+    def owner(self) -> Share | None:
+        return self.request.owner
 
     @property
     def num_generated(self) -> int:
@@ -222,4 +269,6 @@ class Sequence:
         """The only writer of `state`."""
         if state not in TRANSITIONS[self.state]:
             raise InvariantError(f"sequence {self.seq_id}: {self.state.name} -> {state.name}")
-        self.state = state
+        before, self.state = self.state, state
+        if self.on_move is not None:
+            self.on_move(self, before)

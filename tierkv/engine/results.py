@@ -14,21 +14,26 @@ def news(
     """New tokens of a sequence; all else as it stands."""
     output = SequenceOutput(seq.request.request_id, seq.seq_id, seq.index, new_token_ids, logprobs)
     output.num_cached_tokens = seq.request.num_cached_tokens
+    output.prompt_sources = seq.request.prompt_sources
     return output
 
 
 def final_news(output: SequenceOutput, seq: Sequence, now: float) -> SequenceOutput:
     """`output` with the last word on its sequence."""
     output.finish_reason, output.stop_reason = seq.finish_reason, seq.stop_reason
-    request = seq.request
-    output.metrics = RequestMetrics(
+    output.metrics = times(seq.request, now)
+    return output
+
+
+def times(request: Request, finished_s: float | None = None) -> RequestMetrics:
+    """The request's times as far as they are known."""
+    return RequestMetrics(
         request.arrival_s,
         request.first_scheduled_s,
         request.first_token_s,
-        now,
+        finished_s,
         request.num_preemptions,
     )
-    return output
 
 
 def fresh_prompt_logprobs(row: PlanRow, result: RowResult) -> list[PositionLogprobs]:

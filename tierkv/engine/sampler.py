@@ -1,8 +1,8 @@
 """From logits to tokens, for all rows of a step at once.
 
-Order of operations, as in vLLM: raw logits give the log-probabilities that are reported; then
-logit bias, min_tokens, repetition / frequency / presence penalties, temperature, min-p, top-k,
-top-p, and one draw.
+Order of operations, as in vLLM: the masks of grammars; from these logits the log-probabilities
+that are reported; then allowed tokens, logit bias, min_tokens, repetition / frequency / presence
+penalties, temperature, min-p, top-k, top-p, and one draw. What a mask forbids stays at -inf.
 
 A draw inverts the cumulative distribution with one uniform number per sample, in token order.
 That is ten times cheaper on a CPU than exponential noise over the vocabulary, and makes seeds
@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tierkv.engine.grammar_masks import GrammarMasks
 from tierkv.types import Logprob, PositionLogprobs, RowResult, SampledToken
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
 
     from tierkv.engine.plan import Plan, PlanRow
-    from tierkv.engine.request import Sequence
+    from tierkv.engine.request import Request, Sequence
     from tierkv.engine.sampling_params import SamplingParams
 
 _NUCLEUS_CANDIDATES = 256  # a nucleus is nearly always smaller; the rest pays for a full sort
@@ -51,14 +52,27 @@ def uniform(seed: int, index: int, position: int) -> float:
 class _Traits:
     """What a sequence's parameters ask of the sampler, looked up once per sequence."""
 
-    __slots__ = ("bias", "has_edits", "has_filter", "is_greedy", "params", "wants_prompt")
+    __slots__ = (
+        "allowed",
+        "bias",
+        "has_edits",
+        "has_filter",
+        "has_grammar",
+        "is_greedy",
+        "params",
+        "wants_prompt",
+    )
 
-    def __init__(self, params: SamplingParams) -> None:
-        self.params = params
+    def __init__(self, request: Request) -> None:
+        self.params = params = request.params
+        self.has_grammar = request.grammar is not None
+        self.allowed = params.allowed_token_ids
         # So close to greedy that dividing by it might overflow; vLLM draws the line there too.
         self.is_greedy = params.temperature < _MIN_TEMPERATURE
         self.bias = list((params.logit_bias or {}).items())
-        self.has_edits = bool(self.bias) or params.min_tokens > 0 or params.has_penalties
+        self.has_edits = (
+            bool(self.bias or self.allowed) or params.min_tokens > 0 or params.has_penalties
+        )
         self.wants_prompt = params.prompt_logprobs is not None
         self.has_filter = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
@@ -72,6 +86,7 @@ class _Draw:
     traits: _Traits
     num_samples: int
     result: RowResult
+    is_complete: bool = False
 
     def sample_index(self, i: int) -> int:
         """Which of the request's n samples the i-th token of this draw belongs to."""
@@ -89,6 +104,7 @@ class TorchSampler:
         self._generator = torch.Generator().manual_seed(seed)
         self._traits: dict[int, _Traits] = {}
         self._seen: dict[int, _Seen] = {}
+        self._grammars = GrammarMasks()
 
     def sample(self, logits: Tensor, plan: Plan) -> list[RowResult]:
         """One result per row of `plan.rows`, in order.
@@ -101,8 +117,12 @@ class TorchSampler:
         if not draws:
             return results
         raw = logits if len(picked) == logits.shape[0] else logits[picked]
+        if not self._grammars.is_empty:
+            raw = self._constrain(raw, draws)
         edited = self._edit(raw, [d for d in draws if d.traits.has_edits])
         self._choose(edited, draws)
+        if not self._grammars.is_empty:
+            self._end_complete(draws)
         self._add_logprobs(raw, [d for d in draws if d.traits.params.logprobs is not None])
         return results
 
@@ -110,6 +130,7 @@ class TorchSampler:
         """Drop the state of a finished sequence; unknown ids are ignored."""
         self._traits.pop(seq_id, None)
         self._seen.pop(seq_id, None)
+        self._grammars.forget(seq_id)
 
     def _collect(
         self, logits: Tensor, rows: Seq[PlanRow], results: list[RowResult]
@@ -125,7 +146,7 @@ class TorchSampler:
             seq = row.seq
             traits = known.get(seq.seq_id)
             if traits is None:
-                traits = known[seq.seq_id] = _Traits(seq.request.params)
+                traits = self._learn(seq)
             if traits.wants_prompt and num == row.num_tokens:
                 result.prompt_logprobs = _prompt_logprobs(logits[offset : offset + num], row)
             offset += num
@@ -133,6 +154,30 @@ class TorchSampler:
                 draws.append(_Draw(len(draws), seq, traits, row.num_samples, result))
                 picked.append(offset - 1)
         return draws, picked
+
+    def _learn(self, seq: Sequence) -> _Traits:
+        traits = self._traits[seq.seq_id] = _Traits(seq.request)
+        if seq.request.grammar is not None:
+            self._grammars.add(seq, seq.request.grammar)
+        return traits
+
+    # -- grammars ------------------------------------------------------------------------------
+
+    def _constrain(self, raw: Tensor, draws: list[_Draw]) -> Tensor:
+        """The logits with what grammars forbid at -inf; `raw` itself when no row has one."""
+        bound = [d for d in draws if d.traits.has_grammar]
+        if not bound:
+            return raw
+        masked = self._grammars.mask(raw, [d.at for d in bound], [d.seq for d in bound])
+        for draw in bound:
+            draw.is_complete = self._grammars.is_complete(draw.seq)
+        return masked
+
+    def _end_complete(self, draws: list[_Draw]) -> None:
+        for draw in draws:
+            if draw.traits.has_grammar:
+                for drawn in draw.result.samples:
+                    drawn.ending = self._grammars.ending(draw.seq, drawn.token_id)
 
     # -- choosing ------------------------------------------------------------------------------
 
@@ -187,6 +232,7 @@ class TorchSampler:
         if not draws:
             return raw
         edited = raw.clone()
+        _mask_others(edited, [d for d in draws if d.traits.allowed])
         self._add_bias(edited, [d for d in draws if d.traits.bias])
         _mask_stops(edited, draws)
         penalised = [d for d in draws if d.traits.params.has_penalties]
@@ -239,13 +285,23 @@ def _ids(values: Seq[int], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device=like.device)
 
 
+def _mask_others(edited: Tensor, draws: list[_Draw]) -> None:
+    """Forbid all but the allowed tokens."""
+    vocab = edited.shape[-1]
+    for draw in draws:
+        allowed = _ids([t for t in draw.traits.allowed or () if t < vocab], edited)
+        row = torch.full_like(edited[draw.at], _NEVER)
+        row[allowed] = edited[draw.at, allowed]
+        edited[draw.at] = row
+
+
 def _mask_stops(edited: Tensor, draws: list[_Draw]) -> None:
-    """Forbid EOS and stop ids to sequences that have not reached `min_tokens`."""
+    """Forbid EOS and stop ids to sequences that have not reached `min_tokens` and can go on."""
     vocab = edited.shape[-1]
     entries = [
         (d.at, token)
         for d in draws
-        if d.seq.num_generated < d.traits.params.min_tokens
+        if d.seq.num_generated < d.traits.params.min_tokens and not d.is_complete
         for token in d.seq.request.stop_token_ids
         if token < vocab
     ]
@@ -395,7 +451,11 @@ def _position_logprobs(
     norm = raw.logsumexp(-1, keepdim=True)
     values, ids = raw.topk(min(max(counts), raw.shape[-1]))
     best = [
-        {t: Logprob(v, rank) for rank, (t, v) in enumerate(zip(row_ids[:k], row, strict=False), 1)}
+        {
+            t: Logprob(v, rank)
+            for rank, (t, v) in enumerate(zip(row_ids[:k], row, strict=False), 1)
+            if v > _NEVER  # a grammar forbids the others
+        }
         for row_ids, row, k in zip(ids.tolist(), (values - norm).tolist(), counts, strict=True)
     ]
     outside = [

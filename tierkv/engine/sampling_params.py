@@ -7,6 +7,7 @@ import operator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from tierkv.engine.grammar_params import StructuredOutputsParams
 from tierkv.errors import RequestError
 
 MAX_LOGPROBS = 1024
@@ -41,6 +42,10 @@ class SamplingParams:
         logprobs: log-probabilities of the k best tokens at each generated position.
         prompt_logprobs: the same for each prompt position (the prompt is then computed anew).
         logit_bias: token id -> value added to its logit.
+        allowed_token_ids: no other token is generated.
+        structured_outputs: what the output must be; a mapping is taken for its fields.
+        truncate_prompt_tokens: only so many of the prompt's last tokens are used; -1 for as many
+            as leave room for `max_tokens`.
         detokenize: whether to produce text.
         skip_special_tokens, spaces_between_special_tokens: as in transformers' `decode`.
 
@@ -65,6 +70,9 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
+    truncate_prompt_tokens: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -80,6 +88,7 @@ class SamplingParams:
         _check_switches(self)
         _check_stops(self)
         _check_logit_bias(self)
+        _check_limits(self)
 
     @property
     def is_greedy(self) -> bool:
@@ -166,6 +175,25 @@ def _check_logit_bias(p: SamplingParams) -> None:
         if math.isnan(bias[token]):
             raise RequestError("logit_bias", {token_id: value}, "must not be NaN")
     p.logit_bias = bias
+
+
+def _check_limits(p: SamplingParams) -> None:
+    if p.allowed_token_ids is not None:
+        p.allowed_token_ids = _as_list("allowed_token_ids", p.allowed_token_ids)
+        if not p.allowed_token_ids:
+            raise RequestError("allowed_token_ids", [], "must allow at least one token")
+        for token_id in p.allowed_token_ids:
+            _integer("allowed_token_ids", token_id, 0, _MAX_INTEGER)
+    if p.truncate_prompt_tokens is not None:
+        _integer("truncate_prompt_tokens", p.truncate_prompt_tokens, -1, _MAX_INTEGER)
+        if p.truncate_prompt_tokens == 0:
+            raise RequestError("truncate_prompt_tokens", 0, "must be at least 1, or -1")
+    wanted: Any = p.structured_outputs
+    if isinstance(wanted, dict):
+        p.structured_outputs = StructuredOutputsParams.from_mapping(wanted)
+    elif wanted is not None and not isinstance(wanted, StructuredOutputsParams):
+        fix = "must be StructuredOutputsParams, or a dict of its fields"
+        raise RequestError("structured_outputs", wanted, fix)
 
 
 def _as_list(name: str, value: Any) -> list[Any]:

@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterable
 
 from tierkv.cache.copies import CopyBatch
+from tierkv.cache.shares import Share
 from tierkv.cache.tiered_cache import Lookup, Match, TieredCache
 from tierkv.engine import results
 from tierkv.engine.loading import Loader
@@ -19,6 +20,7 @@ from tierkv.engine.outputs import SequenceOutput
 from tierkv.engine.plan import Plan, PlanRow
 from tierkv.engine.preemption import Preemptor, SchedulingPolicies
 from tierkv.engine.request import Request, SeqState, Sequence
+from tierkv.engine.timeline import Timeline
 from tierkv.engine.waiting import WaitingQueue
 from tierkv.errors import CapacityError, InvariantError, RequestError
 from tierkv.metrics import Metrics
@@ -61,6 +63,7 @@ class Scheduler:
         self.loading: dict[int, Sequence] = {}
         self.waiting = WaitingQueue(order, lambda seq: cache.lookup(seq).num_tokens)
         self.requests: dict[str, Request] = {}
+        self.timeline = Timeline(clock)
         self._preemptor = Preemptor(cache, self.running, self.waiting, policies, clock, metrics)
         self._loader = Loader(cache, policies, clock, metrics)
         self._clock = clock
@@ -102,6 +105,7 @@ class Scheduler:
         seq = Sequence(next(self._seq_ids), request, 0, list(request.prompt_token_ids))
         request.sequences.append(seq)
         self.requests[request.request_id] = request
+        self.timeline.add(seq)
         self.waiting.add(seq)
 
     def _check_capacity(self, request: Request) -> None:
@@ -138,11 +142,16 @@ class Scheduler:
         request = seq.request
         if request.is_finished:
             del self.requests[request.request_id]
+            self.timeline.end(request)
 
     def take_finished(self) -> list[Sequence]:
         """Sequences that ended since the last call, for others to forget."""
         finished, self._finished = self._finished, []
         return finished
+
+    def stop_all(self) -> None:
+        """Nothing holds blocks any more; to be called between two steps."""
+        self._preemptor.stop_all(self.loading)
 
     # ------------------------------------------------------------------ plan
 
@@ -151,6 +160,7 @@ class Scheduler:
         plan = Plan()
         self._preemptor.finish_swaps()
         self._start_loaded()
+        self._loader.note_ended(self.running)
         self._preemptor.take_turns()
         self._preemptor.make_room()
         prefills = self._plan_decodes(plan)
@@ -188,9 +198,12 @@ class Scheduler:
         """A load that failed was counted as a hit when the request was admitted."""
         request = seq.request
         cached = request.num_cached_tokens or 0
-        if not seq.num_generated and not request.num_preemptions and seq.num_computed < cached:
-            self.metrics.hit_tokens -= cached - seq.num_computed
-            request.num_cached_tokens = seq.num_computed
+        reused = seq.num_computed - request.num_head_tokens
+        if not seq.num_generated and not request.num_preemptions and reused < cached:
+            self.metrics.hit_tokens -= cached - reused
+            request.num_cached_tokens = reused
+            if request.prompt_sources is not None:
+                request.prompt_sources.lose(cached - reused)
 
     def _start(self, seq: Sequence) -> None:
         seq.move_to(SeqState.RUNNING)
@@ -282,6 +295,7 @@ class Scheduler:
             match = self.cache.lookup(seq, use_cache=seq.request.params.prompt_logprobs is None)
             if match.next is Lookup.PENDING:
                 seq.waits_for = seq.block_keys[len(match.blocks)]
+                self.metrics.pending_tokens += self.cache.pending_tokens(seq, match)
                 continue
             if not self._try_admit(seq, match):
                 self._preemptor.is_turn_wanted = True
@@ -295,7 +309,14 @@ class Scheduler:
         """Not undecided, and not waiting for a block that another is still computing."""
         if seq.is_paused or seq.num_inflight or seq.state is SeqState.SWAPPING:
             return False
+        if seq.owner is not None and self._is_over_quota(seq, seq.owner):
+            return False
         return seq.waits_for is None or not self.cache.is_computing(seq, seq.waits_for)
+
+    def _is_over_quota(self, seq: Sequence, owner: Share) -> bool:
+        """The pool cannot hold it beside what else of its owner runs; alone it may always run."""
+        held = sum(len(s.block_table) for s in self.holders if s.owner is owner)
+        return held > 0 and not owner.admits(held + self.cache.blocks_for(seq.num_tokens))
 
     def _num_promised(self) -> int:
         """Running sequences, counting parallel samples that are still to be forked."""
@@ -322,6 +343,7 @@ class Scheduler:
                 return False
         self._loader.note_hits(seq, match, num_head)
         self.cache.acquire(seq, match, num_head)
+        self._loader.note_begun(seq)
         self._note_admission(seq, match)
         if seq.num_loading and seq.num_computed >= seq.load_from * self.cache.block_size:
             seq.move_to(SeqState.LOADING)
@@ -345,9 +367,15 @@ class Scheduler:
         cached = max(match.num_tokens, len(match.blocks) * self.cache.block_size, seq.load_tokens)
         if request.first_scheduled_s is None:
             request.first_scheduled_s = self._clock.now()
-            request.num_cached_tokens = min(cached, seq.num_prompt_tokens)
+            reused = min(cached, seq.num_prompt_tokens) - request.num_head_tokens
+            request.num_cached_tokens = reused
+            if (sources := request.prompt_sources) is not None:
+                sources.gpu = reused - sources.cpu - sources.nvme
             self.metrics.queried_tokens += seq.num_prompt_tokens
             self.metrics.hit_tokens += request.num_cached_tokens
+            if self.waiting.service is not None:
+                missed = seq.num_prompt_tokens - request.num_cached_tokens
+                self.waiting.service.admitted(request.tenant, missed)
         else:
             self.metrics.recomputed_tokens += seq.num_tokens - cached
 
@@ -377,6 +405,9 @@ class Scheduler:
                 outputs.append(self._append(seq, samples[0]))
             elif samples or result.prompt_logprobs:
                 outputs.extend(self._commit_row(seq, row, result))
+        if self.waiting.service is not None:
+            tenants = (row.seq.request.tenant for row in plan.rows for _ in range(row.num_samples))
+            self.waiting.service.generated(tenants)
         self.metrics.steps += 1
         self.metrics.computed_tokens += plan.num_tokens
         return outputs
@@ -409,7 +440,10 @@ class Scheduler:
         generated = len(token_ids) - seq.num_prompt_tokens
         if request.first_token_s is None:
             request.first_token_s = self._clock.now()
-        if token in request.stop_token_ids and generated >= request.params.min_tokens:
+            output.metrics = results.times(request)
+        if sample.ending is not None:
+            self._finish_with(seq, sample.ending, output)
+        elif token in request.stop_token_ids and generated >= request.params.min_tokens:
             seq.stop_reason = None if token in request.eos_token_ids else token
             self._finish_with(seq, FinishReason.STOP, output)
         elif generated >= request.max_tokens:
@@ -431,6 +465,7 @@ class Scheduler:
         request = seq.request
         child = Sequence(next(self._seq_ids), request, len(request.sequences), list(seq.token_ids))
         request.sequences.append(child)
+        self.timeline.add(child)
         if num_computed and seq.state is SeqState.RUNNING:
             self.cache.fork(seq, child, num_computed)
             self._start(child)

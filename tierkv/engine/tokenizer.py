@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,11 @@ class Tokenizer:
             added = hf.added_tokens_decoder.items()
             self.special_ids |= {token_id for token_id, token in added if token.special}
         self._token_texts: dict[int, str] = {}
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest entry of the vocabulary."""
+        return max(map(len, self.hf.get_vocab()))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens such as BOS as the model's configuration says."""

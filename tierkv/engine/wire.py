@@ -5,7 +5,8 @@
     add       request                    failed    error            (start-up)
     abort     [request ids]              outputs   [sequence outputs of one step]
     stop      request id, index          rejected  request id, error
-    call      call id, name              result    call id, value
+    call      call id, name, arguments   result    call id, value
+                                         refused   call id, error
     shutdown                             dead      error            (its last words)
 
 Log-probabilities travel as flat `[token id, logprob, rank, ...]` per position; errors as their
@@ -20,14 +21,18 @@ from typing import Any
 import msgpack
 
 from tierkv.config import EngineConfig
+from tierkv.engine.beam import BeamSearchParams
 from tierkv.engine.core import EngineInfo, EngineRequest
-from tierkv.engine.outputs import RequestMetrics, SequenceOutput
+from tierkv.engine.kv_hints import KvHints
+from tierkv.engine.outputs import PromptSources, RequestMetrics, SequenceOutput
 from tierkv.engine.sampling_params import SamplingParams
 from tierkv.errors import (
     CapacityError,
     ConfigError,
+    ConflictError,
     EngineDeadError,
     InvariantError,
+    NotFoundError,
     QueueFullError,
     RequestError,
     TierkvError,
@@ -40,8 +45,10 @@ _ERRORS: dict[str, type[TierkvError]] = {
     for cls in (
         CapacityError,
         ConfigError,
+        ConflictError,
         EngineDeadError,
         InvariantError,
+        NotFoundError,
         QueueFullError,
         RequestError,
         UnsupportedModelError,
@@ -85,6 +92,8 @@ def decode_info(values: dict[str, Any]) -> EngineInfo:
 
 def encode_request(request: EngineRequest) -> _Packed:
     params = {name: getattr(request.params, name) for name in _PARAMS}
+    if request.params.structured_outputs is not None:
+        params["structured_outputs"] = request.params.structured_outputs.as_message()
     return [
         request.request_id,
         request.prompt_token_ids,
@@ -92,12 +101,25 @@ def encode_request(request: EngineRequest) -> _Packed:
         request.priority,
         request.cache_salt,
         request.is_stepped,
+        request.tenant,
+        None if request.hints is None else dataclasses.asdict(request.hints),
+        None if request.beam is None else dataclasses.asdict(request.beam),
     ]
 
 
 def decode_request(packed: _Packed) -> EngineRequest:
-    request_id, token_ids, params, *rest = packed
-    return EngineRequest(request_id, token_ids, SamplingParams.from_mapping(params), *rest)
+    request_id, token_ids, params, priority, cache_salt, is_stepped, tenant, hints, beam = packed
+    return EngineRequest(
+        request_id,
+        token_ids,
+        SamplingParams.from_mapping(params),
+        priority,
+        cache_salt,
+        is_stepped,
+        tenant,
+        hints=KvHints.parse(hints),
+        beam=None if beam is None else BeamSearchParams(**beam),
+    )
 
 
 def encode_output(output: SequenceOutput) -> _Packed:
@@ -112,12 +134,13 @@ def encode_output(output: SequenceOutput) -> _Packed:
         output.stop_reason,
         output.num_cached_tokens,
         dataclasses.astuple(output.metrics) if output.metrics is not None else None,
+        _encode_sources(output.prompt_sources),
     ]
 
 
 def decode_output(packed: _Packed) -> SequenceOutput:
     request_id, seq_id, index, new_token_ids, logprobs, prompt_logprobs, *ending = packed
-    finish_reason, stop_reason, num_cached_tokens, metrics = ending
+    finish_reason, stop_reason, num_cached_tokens, metrics, sources = ending
     return SequenceOutput(
         request_id,
         seq_id,
@@ -129,7 +152,12 @@ def decode_output(packed: _Packed) -> SequenceOutput:
         stop_reason=stop_reason,
         num_cached_tokens=num_cached_tokens,
         metrics=RequestMetrics(*metrics) if metrics is not None else None,
+        prompt_sources=PromptSources(*sources) if sources is not None else None,
     )
+
+
+def _encode_sources(sources: PromptSources | None) -> list[int] | None:
+    return None if sources is None else [sources.gpu, sources.cpu, sources.nvme]
 
 
 def _encode_logprobs(positions: list[PositionLogprobs] | None) -> list[list[float]] | None:
