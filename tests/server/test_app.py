@@ -16,6 +16,7 @@ from tierkv.server.protocol import CompletionBody
 
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 GREEDY: Any = {"model": "tiny", "temperature": 0}
+TOOLS: Any = [{"type": "function", "function": {"name": "f"}}]
 
 
 def complete(app: LiveApp, **fields: Any) -> dict[str, Any]:
@@ -265,6 +266,11 @@ def test_chat_streams_of_several_samples(app: LiveApp) -> None:
 
 # -- errors ----------------------------------------------------------------------------------------
 
+
+def schema_format(schema: Any) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+
+
 BAD_BODIES: list[tuple[str, Any, int, str | None]] = [
     ("completions", b"{", 400, "body"),
     ("completions", b"\xff\xfe", 400, "body"),
@@ -293,7 +299,32 @@ BAD_BODIES: list[tuple[str, Any, int, str | None]] = [
     ("completions", {"prompt": "x", "stop": ""}, 400, "stop"),
     ("completions", {"prompt": "x", "logit_bias": {"x": 1}}, 400, "logit_bias"),
     ("completions", {"prompt": "x", "logit_bias": {"9999": 1}}, 400, "logit_bias"),
-    ("completions", {"prompt": "x", "best_of": 3}, 400, "best_of"),
+    ("completions", {"prompt": "x", "best_of": 1, "n": 2}, 400, "best_of"),
+    ("completions", {"prompt": "x", "best_of": 3, "stream": True}, 400, "best_of"),
+    ("completions", {"prompt": "x", "length_penalty": 1.0}, 400, "length_penalty"),
+    ("completions", {"prompt": "x", "allowed_token_ids": [9999]}, 400, "allowed_token_ids"),
+    ("completions", {"prompt": "x", "truncate_prompt_tokens": 0}, 400, "truncate_prompt_tokens"),
+    ("completions", {"prompt": "x", "guided_regex": "(a"}, 400, "guided_regex"),
+    ("completions", {"prompt": "x", "guided_json": "{"}, 400, "guided_json"),
+    ("completions", {"prompt": "x", "guided_choice": []}, 400, "guided_choice"),
+    (
+        "completions",
+        {"prompt": "x", "guided_regex": "a", "guided_choice": ["a"]},
+        400,
+        "guided_choice",
+    ),
+    (
+        "completions",
+        {"prompt": "x", "structured_outputs": {"grammar": "start: x"}},
+        400,
+        "structured_outputs.grammar",
+    ),
+    (
+        "completions",
+        {"prompt": "x", "structured_outputs": {"structural_tag": "{}"}},
+        400,
+        "structured_outputs.structural_tag",
+    ),
     ("completions", {"prompt": "x", "suffix": "y"}, 400, "suffix"),
     ("completions", {"prompt": "x", "tempratur": 1}, 400, "tempratur"),
     ("completions", {"prompt": "x", "stream_options": {"usage": 1}}, 400, "stream_options.usage"),
@@ -305,12 +336,26 @@ BAD_BODIES: list[tuple[str, Any, int, str | None]] = [
     ("chat/completions", {"messages": [{"role": "user"}]}, 400, "messages[0].content"),
     ("chat/completions", {"messages": [{"role": "alien", "content": "x"}]}, 400, "messages"),
     ("chat/completions", {"messages": [*MESSAGES * 600]}, 400, "messages"),
-    ("chat/completions", {"messages": MESSAGES, "tools": [{}]}, 400, "tools"),
+    ("chat/completions", {"messages": MESSAGES, "tools": [{}]}, 400, "tools[0].type"),
+    ("chat/completions", {"messages": MESSAGES, "tools": TOOLS}, 400, "tool_choice"),
+    ("chat/completions", {"messages": MESSAGES, "tool_choice": "required"}, 400, "tool_choice"),
     (
         "chat/completions",
-        {"messages": MESSAGES, "response_format": {"type": "json_object"}},
+        {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "sometimes"},
         400,
-        "response_format",
+        "tool_choice",
+    ),
+    (
+        "chat/completions",
+        {"messages": MESSAGES, "response_format": {"type": "json_schema"}},
+        400,
+        "response_format.json_schema",
+    ),
+    (
+        "chat/completions",
+        {"messages": MESSAGES, "response_format": schema_format({"type": "objec"})},
+        400,
+        "response_format.json_schema.schema",
     ),
     ("chat/completions", {"messages": MESSAGES, "top_logprobs": 2}, 400, "top_logprobs"),
     (
@@ -384,11 +429,13 @@ def test_neutral_values_of_fields_that_are_not_served_pass(app: LiveApp) -> None
     assert chat(app, max_tokens=1, user="me", metadata=None, **neutral)["choices"]
 
 
-def test_more_sequences_than_allowed_are_429(app: LiveApp) -> None:
-    response = app.post("completions", prompt="x", n=13, max_tokens=1)
-    assert response.status_code == 429
-    assert response.headers["retry-after"]
-    assert "12 sequences" in response.json()["error"]["message"]
+def test_more_sequences_than_can_ever_be_in_flight_are_400(app: LiveApp) -> None:
+    for fields in ({"prompt": "x", "n": 13}, {"prompt": ["x"] * 7, "n": 2}):
+        response = app.post("completions", **fields, max_tokens=1)
+        assert response.status_code == 400
+        assert "retry-after" not in response.headers
+        error = response.json()["error"]
+        assert error["param"] == "n" and "at most 12" in error["message"]
 
 
 # -- clients that leave ----------------------------------------------------------------------------

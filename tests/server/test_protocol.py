@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from tierkv.engine.async_llm import AsyncLLM
 from tierkv.engine.sampling_params import SamplingParams
 from tierkv.errors import RequestError
-from tierkv.server.protocol import NOT_SERVED, ChatBody, CompletionBody, parse_body
+from tierkv.server.fields import NOT_SERVED
+from tierkv.server.parsing import parse_body
+from tierkv.server.protocol import ChatBody, CompletionBody
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -50,6 +52,8 @@ def test_every_sampling_field_arrives() -> None:
         "min_tokens": 2,
         "prompt_logprobs": 1,
         "logit_bias": {"5": -1.5},
+        "allowed_token_ids": [1, 2],
+        "truncate_prompt_tokens": 7,
         "skip_special_tokens": False,
         "spaces_between_special_tokens": False,
         "include_stop_str_in_output": True,
@@ -82,9 +86,9 @@ def test_an_answer_can_be_sent_back_as_it_came() -> None:
     answer = {"role": "assistant", "content": "yes", "tool_calls": [], **empty}
     body = chat(messages=[*MESSAGES, answer])
     assert body.template_input() == [*MESSAGES, {"role": "assistant", "content": "yes"}]
-    with pytest.raises(RequestError, match="is not served") as caught:
+    with pytest.raises(RequestError, match="is required") as caught:
         chat(messages=[{**answer, "tool_calls": [{"id": "1"}]}])
-    assert caught.value.field == "messages[0].tool_calls"
+    assert caught.value.field == "messages[0].tool_calls[0].function"
 
 
 @pytest.mark.parametrize("owner", [AsyncLLM.chat, PreTrainedTokenizerBase.apply_chat_template])

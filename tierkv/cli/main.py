@@ -16,6 +16,8 @@ COMMANDS = {
     "serve": "serve a model over HTTP (OpenAI's API)",
     "generate": "complete one prompt, streaming to the terminal",
     "chat": "talk with a model in the terminal",
+    "kv": "look at and steer the KV cache of a running server",
+    "top": "watch a server's tiers and requests in the terminal",
     "plan": "how much KV cache a model needs, and what fits where",
     "store": "look at, check, repair or delete NVMe stores",
 }

@@ -2,7 +2,8 @@
 
 `add_flags` makes one flag of each field (`max_model_len` -> `--max-model-len`, a bool also
 `--no-...`); `read_options` merges a YAML file and the flags given (flags win), refuses names that
-no field has, and checks types. The classes check ranges themselves.
+no field has, and checks types. The classes check ranges themselves. Names may have underscores for
+dashes everywhere. Flags of other servers get an answer of their own (`foreign.py`).
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+from tierkv.cli import foreign
 from tierkv.config import check_names
 from tierkv.errors import ConfigError, TierkvError
 
@@ -39,6 +42,16 @@ class Parser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **settings)
 
+    # typeshed's signature is a set of overloads; this is what they have in common.
+    def parse_known_args(  # type: ignore[override]
+        self,
+        args: Sequence[str] | None = None,
+        namespace: argparse.Namespace | None = None,
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse does; `--max_model_len` is `--max-model-len`."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([with_dashes(word) for word in given], namespace)
+
     def error(self, message: str) -> NoReturn:
         """Exit with one line instead of all flags."""
         self.exit(USAGE_ERROR, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
@@ -49,8 +62,44 @@ class Parser(argparse.ArgumentParser):
         if flag is None:
             self.error(f"unexpected argument {extras[0]!r}")
         name = flag.partition("=")[0]
-        near = difflib.get_close_matches(name, list(self._option_string_actions), n=1)
+        known = [flag for flag, action in self._option_string_actions.items() if is_own(action)]
+        near = difflib.get_close_matches(name, known, n=1)
         self.error(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+class ForeignFlag(argparse.Action):
+    """A flag of another server: an error with advice, unless its value says what is so here."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any) -> None:
+        self.accepted, self.advice = settings.pop("accepted"), settings.pop("advice")
+        nargs = 0 if self.accepted == () else "?"
+        super().__init__(option_strings, argparse.SUPPRESS, nargs, help=argparse.SUPPRESS)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if not is_same_here(self.accepted, values):
+            parser.error(f"{option_string} {self.advice}")
+
+
+def is_same_here(accepted: tuple[str, ...] | None, value: object) -> bool:
+    """Whether a foreign option's value says what is so here anyway."""
+    return accepted is not None and (accepted == () or str(value) in accepted)
+
+
+def is_own(action: argparse.Action) -> bool:
+    """Whether a flag is one of this program's, not another server's."""
+    return not isinstance(action, ForeignFlag)
+
+
+def with_dashes(word: str) -> str:
+    """A flag with dashes for underscores; anything else as it is."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 def flag_name(field: str) -> str:
@@ -87,6 +136,8 @@ def _add_flag(parser: _Group, field: dataclasses.Field[Any], kinds: tuple[type, 
         settings |= {"action": argparse.BooleanOptionalAction, "help": f"{text} (default: {state})"}
     elif list in kinds:
         settings |= {"action": "append", "metavar": field.metadata.get("metavar", "TEXT")}
+        if field.metadata.get("takes_several"):
+            settings |= {"action": "extend", "nargs": "+"}
         settings["type"] = field.metadata.get("item", str)
     else:
         word = str if str in kinds else float if float in kinds else int
@@ -95,6 +146,42 @@ def _add_flag(parser: _Group, field: dataclasses.Field[Any], kinds: tuple[type, 
         if "choices" in field.metadata:
             settings |= {"choices": field.metadata["choices"], "metavar": None}
     parser.add_argument(flag_name(field.name), **settings)
+
+
+def add_foreign_flags(parser: _Group) -> None:
+    """Let flags of other servers be known, without showing them in the help."""
+    accepted, advice = foreign.accepted(), foreign.advice()
+    for flag in foreign.all_flags():
+        if flag in foreign.SWITCHES:
+            field, value = foreign.SWITCHES[flag]
+            settings: dict[str, Any] = {"action": "store_const", "const": value, "dest": field}
+            parser.add_argument(flag, **settings, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        else:
+            parser.add_argument(
+                flag,
+                action=ForeignFlag,
+                accepted=accepted.get(flag),
+                advice=advice.get(flag, "is a switch: it takes no value"),
+            )
+
+
+def without_foreign(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a YAML file without those of other servers.
+
+    Raises:
+        ConfigError: one of them asks for something else than is so here.
+    """
+    accepted, advice, own = foreign.accepted(), foreign.advice(), {}
+    for name, value in values.items():
+        flag = flag_name(name)
+        if flag in foreign.SWITCHES:
+            field, if_true = foreign.SWITCHES[flag]
+            own[field] = if_true if value else not if_true
+        elif flag not in accepted and flag not in advice:
+            own[name] = value
+        elif value is not False and not is_same_here(accepted.get(flag), value):
+            raise ConfigError(name, value, advice[flag])
+    return own
 
 
 def load_yaml(path: str) -> dict[str, Any]:
@@ -126,14 +213,24 @@ def check_types(values: Mapping[str, Any], owners: Iterable[type]) -> None:
             raise ConfigError(name, value, f"must be of type {words}")
 
 
-def read_options(namespace: argparse.Namespace, *owners: type) -> dict[str, Any]:
-    """The options given in `--config` and by flags, flags first, names and types checked."""
+def read_options(
+    namespace: argparse.Namespace, *owners: type, knows_foreign: bool = False
+) -> dict[str, Any]:
+    """The options given in `--config` and by flags, flags first, names and types checked.
+
+    Args:
+        namespace: the parsed command line.
+        owners: the classes whose fields are options.
+        knows_foreign: the file may hold options of other servers, as flags may.
+    """
     names = {f.name for owner in owners for f in dataclasses.fields(owner)}
     given = {name: value for name, value in vars(namespace).items() if name in names}
     path = getattr(namespace, "config", None)
     if path is None:
         return given
     values = load_yaml(path)
+    if knows_foreign:
+        values = without_foreign(values)
     check_names(values, sorted(names))
     check_types(values, owners)
     return values | given

@@ -14,7 +14,9 @@ from tierkv.engine.async_llm import AsyncLLM
 from tierkv.engine.outputs import CompletionOutput, RequestOutput
 from tierkv.errors import RequestError
 from tierkv.server import sse
-from tierkv.server.protocol import ChatBody, CompletionBody
+from tierkv.server.context import AppSettings
+from tierkv.server.errors import describe_error
+from tierkv.server.protocol import ChatBody, CompletionBody, GenerationBody
 from tierkv.server.replies import (
     Header,
     Json,
@@ -27,6 +29,9 @@ from tierkv.server.replies import (
     prompt_logprobs_body,
 )
 from tierkv.server.streams import Outputs, collect, merge
+from tierkv.server.tools_plan import plan_tools
+from tierkv.server.tools_prompt import prompt_with_tools, template_text
+from tierkv.server.tools_reply import ToolTurn, whole_message
 from tierkv.types import PositionLogprobs
 
 
@@ -43,6 +48,7 @@ class CompletionReply:
         self._engine, self._body = engine, body
         self.header = Header(f"cmpl-{uuid.uuid4().hex}", "text_completion", model)
         self.params = body.params()
+        self._search = body.beam_search()
         self.prompts = body.prompts()
         self.num_sequences = len(self.prompts) * self.params.n
         self.is_score_only = body.is_score_only
@@ -53,29 +59,45 @@ class CompletionReply:
         """The outputs, as deltas, of each prompt."""
         return [
             self._engine.generate(
-                {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt},
+                self._prompt(prompt),
                 self.params,
                 f"{self.header.reply_id}-{number}",
                 priority=self._body.priority,
                 cache_salt=self._body.cache_salt or "",
+                kv_hints=self._body.hints(),
                 delta=True,
+                beam_search=self._search,
             )
             for number, prompt in enumerate(self.prompts)
         ]
 
+    def _prompt(self, prompt: str | list[int]) -> dict[str, Any]:
+        if isinstance(prompt, str):
+            adds = self._body.add_special_tokens is not False
+            return {"prompt": prompt, "add_special_tokens": adds}
+        return {"prompt_token_ids": prompt}
+
     async def body(self) -> Json:
         """The whole reply at once."""
         outputs = [self._without_sample(output) for output in await collect(self.start())]
+        usage = Usage.of(outputs).body()
+        if self._body.is_best_of:
+            for output in outputs:
+                keep_best(output, self._body.num_choices)
         choices = [
             choice
             for number, output in enumerate(outputs)
             for choice in self._choices(number, output)
         ]
-        return {**self.header.body(), "choices": choices, "usage": Usage.of(outputs).body()}
+        return {**self.header.body(), "choices": choices, "usage": usage}
 
     def events(self) -> AsyncGenerator[bytes, None]:
         """The reply as server-sent events."""
-        return stream_events(self, wants_usage=self._body.wants_usage_chunk)
+        return stream_events(self, self._body)
+
+    def error_event(self, error: Exception) -> bytes:
+        """The last event of a stream that `error` ends."""
+        return sse.event(describe_error(error)[1])
 
     def first_choices(self) -> list[Json]:
         """Choices of a stream's opening chunks: none."""
@@ -92,7 +114,7 @@ class CompletionReply:
         return self._choices(number, delta)
 
     def _index(self, number: int, sample: CompletionOutput) -> int:
-        return number * self.params.n + sample.index
+        return number * self._body.num_choices + sample.index
 
     def _without_sample(self, output: RequestOutput) -> RequestOutput:
         """Drop the token that was only generated so that the prompt was computed."""
@@ -138,7 +160,8 @@ class CompletionReply:
         if self._body.echo and is_first and output.prompt_logprobs is not None:
             token_ids = output.prompt_token_ids + token_ids
             positions = output.prompt_logprobs + positions
-        state = self._logprobs.setdefault(index, LegacyLogprobs(self._body.logprobs))
+        as_ids = bool(self._body.return_tokens_as_token_ids)
+        state = self._logprobs.setdefault(index, LegacyLogprobs(self._body.logprobs, as_ids))
         return state.body(token_ids, positions, self._engine.tokenizer)
 
 
@@ -151,12 +174,20 @@ class ChatReply:
 
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(
-        self, engine: AsyncLLM, body: ChatBody, model: str, chat_template: str | None
-    ) -> None:
-        self._engine, self._body, self._template = engine, body, chat_template
+    def __init__(self, engine: AsyncLLM, body: ChatBody, model: str, settings: AppSettings) -> None:
+        self._engine, self._body, self._template = engine, body, settings.chat_template
         self.header = Header(f"chatcmpl-{uuid.uuid4().hex}", "chat.completion", model)
+        self._plan = plan_tools(
+            body.tools or [],
+            body.tool_choice,
+            parser=settings.tool_parser,
+            is_auto_enabled=settings.enable_auto_tool_choice,
+            is_parallel=body.parallel_tool_calls is not False,
+        )
+        self._turns: dict[int, ToolTurn] = {}
         self.params = body.params()
+        self.params.structured_outputs = self._plan.grammar() or self.params.structured_outputs
+        self._search = body.beam_search()
         self._messages = body.template_input()
         self.num_sequences = self.params.n
         self.is_score_only = False
@@ -164,24 +195,41 @@ class ChatReply:
 
     def start(self) -> list[Outputs]:
         """The outputs, as deltas."""
-        options: dict[str, Any] = self._body.chat_template_kwargs or {}
+        messages, options = self._template_input()
         outputs = self._engine.chat(
-            self._messages,
+            messages,
             self.params,
             self.header.reply_id,
             priority=self._body.priority,
             cache_salt=self._body.cache_salt or "",
+            kv_hints=self._body.hints(),
             delta=True,
-            add_generation_prompt=self._body.add_generation_prompt,
-            chat_template=self._template,
+            beam_search=self._search,
             **options,
         )
         return [outputs]
 
+    async def prompt_token_ids(self) -> list[int]:
+        """The prompt that `start` would send."""
+        messages, options = self._template_input()
+        return await self._engine.tokenize_chat(messages, **options)
+
+    def _template_input(self) -> tuple[list[Json], dict[str, Any]]:
+        """Messages and options for the chat template."""
+        options: dict[str, Any] = dict(self._body.chat_template_kwargs or {})
+        if self._body.continue_final_message:
+            options["continue_final_message"] = True
+        options["add_generation_prompt"] = self._body.add_generation_prompt
+        options["chat_template"] = self._template
+        messages, tools = prompt_with_tools(
+            self._messages, self._plan, template_text(self._engine.tokenizer, self._template)
+        )
+        return messages, {**options, "tools": tools} if tools else options
+
     async def body(self) -> Json:
         """The whole reply at once."""
         outputs = await collect(self.start())
-        choices = [chat_choice(sample, self._num_top) for sample in outputs[0].outputs]
+        choices = [self._whole_choice(sample) for sample in outputs[0].outputs]
         reply = {**self.header.body(), "choices": choices, "usage": Usage.of(outputs).body()}
         if self._body.prompt_logprobs is not None:
             reply["prompt_logprobs"] = prompt_logprobs_body(outputs[0].prompt_logprobs)
@@ -189,23 +237,65 @@ class ChatReply:
 
     def events(self) -> AsyncGenerator[bytes, None]:
         """The reply as server-sent events."""
-        return stream_events(self, wants_usage=self._body.wants_usage_chunk)
+        return stream_events(self, self._body)
+
+    def error_event(self, error: Exception) -> bytes:
+        """The last event of a stream that `error` ends."""
+        return sse.event(describe_error(error)[1])
 
     def first_choices(self) -> list[Json]:
         """Each answer's stream opens with its role."""
-        opening = {"role": "assistant", "content": ""}
+        opening = {"role": "assistant", "content": self._echo}
         return [chat_delta(index, opening) for index in range(self.params.n)]
 
     def chunk_choices(self, number: int, delta: RequestOutput) -> list[Json]:
         """Choices of the chunk for one delta."""
-        return [self._chunk_choice(sample) for sample in delta.outputs if has_news(sample)]
+        choices = (self._chunk_choice(sample) for sample in delta.outputs if has_news(sample))
+        return [choice for choice in choices if choice is not None]
 
-    def _chunk_choice(self, sample: CompletionOutput) -> Json:
-        logprobs = None
-        if self._num_top is not None and sample.logprobs is not None:
-            logprobs = chat_logprobs(sample.token_ids, sample.logprobs, self._num_top)
-        content = {"content": sample.text} if sample.text or not sample.finished else {}
-        return chat_delta(sample.index, content, logprobs, **ending(sample))
+    def _chunk_choice(self, sample: CompletionOutput) -> Json | None:
+        """None when what came is held back: it may become a call."""
+        delta = self._delta(sample)
+        if not delta and not sample.finished and not sample.logprobs:
+            return None
+        return chat_delta(sample.index, delta, self._logprobs_of(sample), **self._ending(sample))
+
+    def _whole_choice(self, sample: CompletionOutput) -> Json:
+        message = whole_message(self._delta(sample))
+        if self._echo:
+            message["content"] = self._echo + (message["content"] or "")
+        logprobs = self._logprobs_of(sample)
+        return chat_choice(sample.index, message, logprobs, **self._ending(sample))
+
+    def _delta(self, sample: CompletionOutput) -> Json:
+        """The news of a sample, read for calls where there may be some."""
+        turn = self._turns.get(sample.index)
+        if turn is None:
+            parser = self._plan.make_parser()
+            if parser is None:
+                is_empty = sample.finished and not sample.text
+                return {} if is_empty else {"content": sample.text}
+            turn = ToolTurn(parser, is_parallel=self._plan.is_parallel)
+            self._turns[sample.index] = turn
+        return turn.read(sample.text, is_over=sample.finished)
+
+    def _ending(self, sample: CompletionOutput) -> Json:
+        turn = self._turns.get(sample.index)
+        has_calls = turn is not None and turn.num_calls > 0
+        reason = self._plan.finish_reason(sample.finish_reason, has_calls=has_calls)
+        return {**ending(sample), "finish_reason": reason}
+
+    def _logprobs_of(self, sample: CompletionOutput) -> Json | None:
+        if self._num_top is None or sample.logprobs is None:
+            return None
+        as_ids = bool(self._body.return_tokens_as_token_ids)
+        return chat_logprobs(sample.token_ids, sample.logprobs, self._num_top, as_ids=as_ids)
+
+    @property
+    def _echo(self) -> str:
+        """The message that is continued, if it shall be repeated."""
+        last = self._messages[-1]
+        return last["content"] if self._body.echo and last["role"] == "assistant" else ""
 
 
 OpenAIReply = CompletionReply | ChatReply
@@ -216,29 +306,70 @@ def has_news(sample: CompletionOutput) -> bool:
     return bool(sample.text or sample.logprobs or sample.finished)
 
 
-async def stream_events(reply: OpenAIReply, *, wants_usage: bool) -> AsyncGenerator[bytes, None]:
+def keep_best(output: RequestOutput, count: int) -> None:
+    """Keep the samples whose tokens have the highest mean log-probability, best first."""
+
+    def mean(sample: CompletionOutput) -> float:
+        return (sample.cumulative_logprob or 0.0) / max(1, len(sample.token_ids))
+
+    output.outputs = sorted(output.outputs, key=mean, reverse=True)[:count]
+    for index, sample in enumerate(output.outputs):
+        sample.index = index
+
+
+class RunningUsage:
+    """Token counts of a stream so far."""
+
+    def __init__(self, *, counts_samples: bool) -> None:
+        self._counts_samples, self._num_generated = counts_samples, 0
+        self._last: dict[int, RequestOutput] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._last
+
+    def add(self, number: int, delta: RequestOutput) -> None:
+        """Count one delta of prompt `number`, before what is not shown is taken out of it."""
+        self._last[number] = delta
+        if self._counts_samples:
+            self._num_generated += sum(len(sample.token_ids) for sample in delta.outputs)
+
+    def body(self) -> Json:
+        usage = Usage.of(self._last.values())
+        usage.completion_tokens = self._num_generated
+        return usage.body()
+
+
+async def stream_events(reply: OpenAIReply, options: GenerationBody) -> AsyncGenerator[bytes, None]:
     """The reply as server-sent events, up to and including `[DONE]`.
 
     The first event comes with the first output, so what the engine refuses is raised before it.
     """
-    last: dict[int, RequestOutput] = {}
-    usage = Usage()
+    chunks = stream_chunks(
+        reply, wants_usage=options.wants_usage_chunk, in_all=options.wants_usage_in_chunks
+    )
+    async with aclosing(chunks):
+        async for chunk in chunks:
+            yield sse.event(chunk)
+    yield sse.DONE
+
+
+async def stream_chunks(
+    reply: OpenAIReply, *, wants_usage: bool, in_all: bool
+) -> AsyncGenerator[Json, None]:
+    """The reply's chunks; the token counts come in a last one, and with `in_all` in all of them."""
+    usage = RunningUsage(counts_samples=not reply.is_score_only)
     head = reply.header.body(reply.chunk_kind)
     if wants_usage:
         head["usage"] = None
     async with aclosing(merge(reply.start())) as outputs:
         async for number, delta in outputs:
-            if not last:
-                for choice in reply.first_choices():
-                    yield sse.event({**head, "choices": [choice]})
-            last[number] = delta
-            # Before the choices leave out the samples whose text is held back.
-            num_tokens = sum(len(sample.token_ids) for sample in delta.outputs)
-            usage.completion_tokens += 0 if reply.is_score_only else num_tokens
-            for choice in reply.chunk_choices(number, delta):
-                yield sse.event({**head, "choices": [choice]})
+            is_first = usage.is_empty
+            usage.add(number, delta)
+            if in_all:
+                head["usage"] = usage.body()
+            choices = reply.first_choices() if is_first else []
+            for choice in choices + reply.chunk_choices(number, delta):
+                yield {**head, "choices": [choice]}
     if wants_usage:
-        prompts = Usage.of(last.values())
-        usage.prompt_tokens, usage.cached_tokens = prompts.prompt_tokens, prompts.cached_tokens
-        yield sse.event({**head, "choices": [], "usage": usage.body()})
-    yield sse.DONE
+        yield {**head, "choices": [], "usage": usage.body()}

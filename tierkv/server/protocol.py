@@ -6,108 +6,34 @@ Only what is real is accepted. A field of OpenAI's API that changes nothing at t
 
 from __future__ import annotations
 
-import difflib
-import json
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import PrivateAttr, model_validator
 
-from tierkv.engine.inputs import join_text_parts
+from tierkv.engine.beam import BeamSearchParams
+from tierkv.engine.kv_hints import KvHints
 from tierkv.engine.sampling_params import SamplingParams
 from tierkv.errors import RequestError
-
-Body = TypeVar("Body", bound="GenerationBody")
-
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "store": (False,),
-    "parallel_tool_calls": (True, False),
-    "service_tier": ("auto", "default"),
-}
-"""Fields that are not served, with the values that ask for nothing."""
-
-EMPTY: tuple[Any, ...] = (None, [])
-"""Values of a message's other fields that say nothing."""
-
-NOT_SERVED = (
-    *NEUTRAL,
-    "audio",
-    "function_call",
-    "metadata",
-    "prediction",
-    "reasoning_effort",
-    "web_search_options",
-    "guided_json",
-    "guided_regex",
-    "structured_outputs",
-    "use_beam_search",
+from tierkv.server.fields import (
+    BEAM_FIELDS,
+    NEUTRAL,
+    SAMPLING_FIELDS,
+    TEMPLATE_RESERVED,
+    HintsBody,
+    Model,
 )
-"""Fields of OpenAI's and vLLM's API that are refused by name."""
+from tierkv.server.structured import FIELDS, Form, ResponseFormat, form_of
+from tierkv.server.tools_body import Message, NamedChoice, Tool, ToolChoice, check_tools
 
-SAMPLING_FIELDS = (
-    "n",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "min_tokens",
-    "prompt_logprobs",
-    "logit_bias",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "include_stop_str_in_output",
-)
-"""Fields that go to `SamplingParams` under their own name."""
-
-TEMPLATE_RESERVED = (
-    "self",
-    "messages",
-    "sampling_params",
-    "request_id",
-    "priority",
-    "cache_salt",
-    "delta",
-    "conversation",
-    "chat_template",
-    "tokenize",
-    "tokenizer_kwargs",
-    "add_generation_prompt",
-    "continue_final_message",
-    "documents",
-    "max_length",
-    "padding",
-    "return_assistant_tokens_mask",
-    "return_dict",
-    "return_tensors",
-    "sanitize_control_tokens",
-    "tools",
-    "truncation",
-)
-"""Arguments of `AsyncLLM.chat` and `apply_chat_template` that a request may not set."""
-
-
-class Model(BaseModel):
-    """Strict types (no "5" for 5, no true for 1) and no unknown fields."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
+_LONGEST = 2**31  # tokens: up to the end of the context
 
 
 class StreamOptions(Model):
-    """`include_usage` adds a last chunk with the token counts."""
+    """`include_usage` adds a last chunk with the token counts; `continuous_usage_stats` (vLLM's)
+    puts the counts so far into every chunk as well."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
 
 
 class GenerationBody(Model):
@@ -130,14 +56,28 @@ class GenerationBody(Model):
     min_tokens: int | None = None
     prompt_logprobs: int | None = None
     logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    truncate_prompt_tokens: int | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    echo: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: int = 0
     cache_salt: str | None = None
+    kv_hints: HintsBody | None = None
     user: str | None = None
+    _form: Form | None = PrivateAttr(None)
 
     @model_validator(mode="before")
     @classmethod
@@ -158,36 +98,97 @@ class GenerationBody(Model):
             raise RequestError("stream_options", "given", "needs stream=true")
         return self
 
+    @model_validator(mode="after")
+    def check_form_and_search(self) -> Self:
+        self._form = form_of(self)
+        if self.use_beam_search:
+            refuse_beside_search(self)
+        elif self.length_penalty is not None:
+            raise RequestError("length_penalty", self.length_penalty, "needs use_beam_search=true")
+        return self
+
     @property
     def wants_usage_chunk(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def wants_usage_in_chunks(self) -> bool:
+        return self.wants_usage_chunk and bool(
+            self.stream_options and self.stream_options.continuous_usage_stats
+        )
+
+    def hints(self) -> KvHints | None:
+        """What was said of the request's own KV."""
+        return None if self.kv_hints is None else self.kv_hints.given()
+
     def public_name(self, field: str) -> str:
         """The body's field for a field of the engine's request."""
-        return field
+        if self._form is not None and field.startswith("structured_outputs"):
+            return self._form.public_name(field)
+        return "n" if field == "beam_width" else field
 
     def sampling_values(self) -> dict[str, Any]:
         """What was given for `SamplingParams`."""
-        given = {name: getattr(self, name) for name in SAMPLING_FIELDS}
+        names = BEAM_FIELDS if self.use_beam_search else SAMPLING_FIELDS
+        given = {name: getattr(self, name) for name in names}
+        if self._form is not None:
+            given["structured_outputs"] = self._form.params
         return {name: value for name, value in given.items() if value is not None}
+
+    def beam_search(self) -> BeamSearchParams | None:
+        """The search asked for; None for samples."""
+        if not self.use_beam_search:
+            return None
+        limit = self.params().max_tokens
+        return BeamSearchParams(
+            beam_width=self.n or 1,
+            max_tokens=_LONGEST if limit is None else limit,
+            length_penalty=1.0 if self.length_penalty is None else self.length_penalty,
+            ignore_eos=bool(self.ignore_eos),
+            temperature=self.temperature or 0.0,
+        )
+
+    def params(self) -> SamplingParams:
+        """The sampling parameters asked for."""
+        raise NotImplementedError
 
 
 class CompletionBody(GenerationBody):
     """Body of `/v1/completions`. `max_tokens` 0 needs `echo` and only scores the prompt."""
 
     prompt: Any = None
-    echo: bool | None = None
+    add_special_tokens: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
 
     @model_validator(mode="after")
     def check_best_of(self) -> Self:
-        if self.best_of not in (None, self.n or 1):
-            raise RequestError("best_of", self.best_of, "is not served: leave it out or give n")
+        if self.best_of is None or self.best_of == self.num_choices:
+            return self
+        if self.best_of < self.num_choices:
+            fix = f"must be at least n={self.num_choices}"
+            raise RequestError("best_of", self.best_of, fix)
+        if self.stream:
+            fix = "needs stream=false: which samples are best is known at their end"
+            raise RequestError("best_of", self.best_of, fix)
+        if self.use_beam_search:
+            raise RequestError("best_of", self.best_of, "cannot be combined with use_beam_search")
         return self
 
+    @property
+    def num_choices(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def is_best_of(self) -> bool:
+        """More samples are drawn than are shown."""
+        return self.best_of is not None and self.best_of > self.num_choices
+
     def public_name(self, field: str) -> str:
-        return "prompt" if field == "prompt_token_ids" else field
+        if field == "n" and self.is_best_of:
+            return "best_of"
+        return "prompt" if field == "prompt_token_ids" else super().public_name(field)
 
     @property
     def is_score_only(self) -> bool:
@@ -195,10 +196,11 @@ class CompletionBody(GenerationBody):
         return bool(self.echo) and self.max_tokens == 0
 
     def params(self) -> SamplingParams:
-        """The sampling parameters asked for."""
         values = self.sampling_values()
         if self.max_tokens is not None:
             values["max_tokens"] = 1 if self.is_score_only else self.max_tokens
+        if self.is_best_of:
+            values |= {"n": self.best_of, "logprobs": 0}  # the best are found by these
         if self.logprobs is not None:
             values["logprobs"] = self.logprobs
             if self.echo:
@@ -220,36 +222,6 @@ class CompletionBody(GenerationBody):
         return prompt
 
 
-class Message(Model):
-    """One message of a conversation; content is text or a list of text parts."""
-
-    role: str
-    content: str | list[dict[str, Any]] | None = None
-    name: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def drop_what_says_nothing(cls, values: Any) -> Any:
-        """Leave out empty fields of an answer that a client sends back (`refusal: null`)."""
-        if not isinstance(values, dict):
-            return values
-        served = cls.model_fields
-        return {
-            name: value for name, value in values.items() if name in served or value not in EMPTY
-        }
-
-    def as_template_input(self, place: str) -> dict[str, Any]:
-        """The message as chat templates take it: text parts joined by newlines."""
-        if self.content is None:
-            raise RequestError(f"{place}.content", None, "must be text")
-        message: dict[str, Any] = {"role": self.role, "content": self.content}
-        if isinstance(self.content, list):
-            message["content"] = join_text_parts(self.content, f"{place}.content")
-        if self.name is not None:
-            message["name"] = self.name
-        return message
-
-
 class ChatBody(GenerationBody):
     """Body of `/v1/chat/completions`."""
 
@@ -258,6 +230,10 @@ class ChatBody(GenerationBody):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -266,10 +242,34 @@ class ChatBody(GenerationBody):
             raise RequestError("messages", [], "must hold at least one message")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs", self.top_logprobs, "needs logprobs=true")
+        if self.continue_final_message and self.add_generation_prompt:
+            fix = "needs add_generation_prompt=false: the last message is not over"
+            raise RequestError("continue_final_message", True, fix)
         for name in self.chat_template_kwargs or {}:
             if name in TEMPLATE_RESERVED:
                 raise RequestError("chat_template_kwargs", name, "cannot be set by a request")
         return self
+
+    @model_validator(mode="after")
+    def check_tool_choice(self) -> Self:
+        check_tools(self.tools or [], self.tool_choice)
+        if self._form is not None and self.tools:
+            self._check_form_beside_tools(self._form)
+        if self.forces_call and self.use_beam_search:
+            raise RequestError("tool_choice", "given", "cannot be combined with use_beam_search")
+        return self
+
+    def _check_form_beside_tools(self, form: Form) -> None:
+        """Forced calls have a form of their own; an answer that must be JSON is no call."""
+        if self.forces_call:
+            raise RequestError(form.field, "given", "cannot be combined with a forced tool_choice")
+        if self.tool_choice != "none" and form.field.startswith("response_format"):
+            fix = "cannot be combined with tools unless tool_choice is none"
+            raise RequestError(form.field, "given", fix)
+
+    @property
+    def forces_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedChoice)
 
     def params(self) -> SamplingParams:
         """The sampling parameters asked for; no limit means up to the end of the context."""
@@ -283,14 +283,29 @@ class ChatBody(GenerationBody):
     def public_name(self, field: str) -> str:
         if field == "max_tokens" and self.max_completion_tokens is not None:
             return "max_completion_tokens"
+        if self.forces_call and field.startswith("structured_outputs"):
+            return "tools"
         names = {"prompt": "messages", "logprobs": "top_logprobs"}
-        return names.get(field, field)
+        return names.get(field) or super().public_name(field)
 
     def template_input(self) -> list[dict[str, Any]]:
         """The conversation as chat templates take it."""
         return [
             message.as_template_input(f"messages[{i}]") for i, message in enumerate(self.messages)
         ]
+
+
+def refuse_beside_search(body: GenerationBody) -> None:
+    """Raise for what a beam search cannot do."""
+    if body.stream:
+        fix = "cannot be combined with use_beam_search: its answers are known at the end"
+        raise RequestError("stream", True, fix)
+    defaults = SamplingParams()
+    names = [name for name in SAMPLING_FIELDS if name not in (*BEAM_FIELDS, "temperature")]
+    for name in (*names, "logprobs", *FIELDS):
+        value = getattr(body, name, None)
+        if value not in (None, False, [], {}) and value != getattr(defaults, name, None):
+            raise RequestError(name, value, "cannot be combined with use_beam_search")
 
 
 def refuse_prompt(prompt: Any) -> NoReturn:
@@ -305,76 +320,3 @@ def is_token_id(value: object) -> bool:
 
 def is_token_list(value: object) -> bool:
     return isinstance(value, list) and all(is_token_id(item) for item in value)
-
-
-def parse_body(raw: bytes, body: type[Body]) -> Body:
-    """The request body as an object of type `body`.
-
-    Raises:
-        RequestError: not JSON, not an object, or a field that is wrong; names it.
-    """
-    try:
-        values = json.loads(raw, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise RequestError("body", describe(raw), f"is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise RequestError("body", values, "must be a JSON object")
-    refuse_half_characters(raw, values)
-    try:
-        return body.model_validate(values)
-    except ValidationError as error:
-        raise request_error(error, body) from None
-
-
-def refuse_constant(name: str) -> NoReturn:
-    """JSON has no NaN and no Infinity, though Python's parser takes them."""
-    raise ValueError(f"{name} is not a JSON value")
-
-
-def refuse_half_characters(raw: bytes, values: dict[str, Any]) -> None:
-    """JSON can spell half of a surrogate pair, which is no text and which tokenizers refuse."""
-    if b"\\ud" not in raw.lower():
-        return
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise RequestError("body", "\\ud...", "holds half of a surrogate pair") from None
-
-
-def describe(raw: bytes) -> str:
-    return raw[:60].decode(errors="replace")
-
-
-def request_error(error: ValidationError, body: type[GenerationBody]) -> RequestError:
-    """The first complaint of pydantic as an error that names the field."""
-    first, *others = error.errors(include_url=False)
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, RequestError):
-        return cause
-    name = str(first["loc"][0]) if first["loc"] else "body"
-    if first["type"] == "extra_forbidden":
-        return RequestError(place(first["loc"]), first["input"], unknown_field(first["loc"], body))
-    if first["type"] == "missing":
-        return RequestError(place(first["loc"]), None, "is required")
-    # A union complains once per member; the field is what the client knows.
-    same = [first, *(e for e in others if e["loc"][:1] == first["loc"][:1])]
-    wants = " or ".join(dict.fromkeys(e["msg"].removeprefix("Input should be ") for e in same))
-    where = place(first["loc"]) if len(same) == 1 else name
-    return RequestError(where, first["input"], f"must be {wants}")
-
-
-def place(location: tuple[int | str, ...]) -> str:
-    """`("messages", 0, "role")` -> `messages[0].role`."""
-    text = ""
-    for part in location:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text
-
-
-def unknown_field(location: tuple[int | str, ...], body: type[GenerationBody]) -> str:
-    """What to say of a field that no body has."""
-    name = str(location[-1])
-    if name in NOT_SERVED or len(location) > 1:
-        return "is not served"
-    near = difflib.get_close_matches(name, list(body.model_fields), n=1)
-    return "is no field of this request" + (f"; did you mean {near[0]}?" if near else "")

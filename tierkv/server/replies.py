@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tierkv.engine.outputs import CompletionOutput, RequestOutput
+from tierkv.engine.outputs import CompletionOutput, PromptSources, RequestOutput
 from tierkv.engine.tokenizer import Tokenizer
 from tierkv.types import Logprob, PositionLogprobs
 
@@ -40,6 +40,7 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    sources: PromptSources = field(default_factory=PromptSources)
 
     @classmethod
     def of(cls, outputs: Iterable[RequestOutput]) -> Usage:
@@ -48,6 +49,8 @@ class Usage:
             usage.prompt_tokens += len(output.prompt_token_ids)
             usage.completion_tokens += sum(len(sample.token_ids) for sample in output.outputs)
             usage.cached_tokens += output.num_cached_tokens or 0
+            if output.prompt_sources is not None:
+                usage.sources.add(output.prompt_sources)
         return usage
 
     def body(self) -> Json:
@@ -55,16 +58,23 @@ class Usage:
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens_details": {
+                "cached_tokens": self.cached_tokens,
+                "gpu_tokens": self.sources.gpu,
+                "cpu_tokens": self.sources.cpu,
+                "nvme_tokens": self.sources.nvme,
+                "computed_tokens": self.prompt_tokens - self.cached_tokens,
+            },
         }
 
 
 # -- log-probabilities -----------------------------------------------------------------------------
 
 
-def token_text(token_id: int, entry: Logprob) -> str:
+def token_text(token_id: int, entry: Logprob, *, as_id: bool = False) -> str:
     """The token as text; models without a tokenizer show ids, as vLLM does."""
-    return nameless(token_id) if entry.decoded_token is None else entry.decoded_token
+    text = None if as_id else entry.decoded_token
+    return nameless(token_id) if text is None else text
 
 
 def nameless(token_id: int) -> str:
@@ -77,18 +87,20 @@ def best(position: PositionLogprobs, count: int) -> list[tuple[int, Logprob]]:
     return [(token_id, entry) for token_id, entry in ranked if entry.rank <= count]
 
 
-def chat_logprobs(token_ids: list[int], positions: list[PositionLogprobs], num_top: int) -> Json:
+def chat_logprobs(
+    token_ids: list[int], positions: list[PositionLogprobs], num_top: int, *, as_ids: bool = False
+) -> Json:
     """Log-probabilities as chat completions show them."""
+
+    def entry(token_id: int, found: Logprob) -> Json:
+        text = token_text(token_id, found, as_id=as_ids)
+        return {"token": text, "logprob": found.logprob, "bytes": list(text.encode())}
+
     content = []
     for token_id, position in zip(token_ids, positions, strict=True):
-        top = [chat_logprob(candidate, entry) for candidate, entry in best(position, num_top)]
-        content.append({**chat_logprob(token_id, position[token_id]), "top_logprobs": top})
+        top = [entry(candidate, found) for candidate, found in best(position, num_top)]
+        content.append({**entry(token_id, position[token_id]), "top_logprobs": top})
     return {"content": content}
-
-
-def chat_logprob(token_id: int, entry: Logprob) -> Json:
-    text = token_text(token_id, entry)
-    return {"token": text, "logprob": entry.logprob, "bytes": list(text.encode())}
 
 
 @dataclass(slots=True)
@@ -96,6 +108,7 @@ class LegacyLogprobs:
     """Log-probabilities as `/v1/completions` shows them; offsets go on from chunk to chunk."""
 
     num_top: int
+    as_ids: bool = False
     offset: int = 0
 
     def body(
@@ -108,9 +121,11 @@ class LegacyLogprobs:
         texts = []
         for token_id, position in zip(token_ids, positions, strict=True):
             if position is not None:
-                texts.append(token_text(token_id, position[token_id]))
+                texts.append(token_text(token_id, position[token_id], as_id=self.as_ids))
+            elif tokenizer is None or self.as_ids:
+                texts.append(nameless(token_id))
             else:
-                texts.append(tokenizer.token_text(token_id) if tokenizer else nameless(token_id))
+                texts.append(tokenizer.token_text(token_id))
         chosen = list(zip(token_ids, positions, strict=True))
         return {
             "tokens": texts,
@@ -127,7 +142,10 @@ class LegacyLogprobs:
     def _top(self, token_id: int, position: PositionLogprobs) -> dict[str, float]:
         """The best candidates and the chosen token."""
         entries = dict(best(position, self.num_top)) | {token_id: position[token_id]}
-        return {token_text(candidate, entry): entry.logprob for candidate, entry in entries.items()}
+        return {
+            token_text(candidate, entry, as_id=self.as_ids): entry.logprob
+            for candidate, entry in entries.items()
+        }
 
 
 def prompt_logprobs_body(
@@ -158,13 +176,14 @@ def ending(sample: CompletionOutput) -> Json:
     return {"finish_reason": sample.finish_reason, "stop_reason": sample.stop_reason}
 
 
-def chat_choice(sample: CompletionOutput, num_top: int | None) -> Json:
-    """One answer of a chat completion; `num_top` is None without log-probabilities."""
-    logprobs = None
-    if num_top is not None and sample.logprobs is not None:
-        logprobs = chat_logprobs(sample.token_ids, sample.logprobs, num_top)
-    message = {"role": "assistant", "content": sample.text}
-    return {"index": sample.index, "message": message, "logprobs": logprobs, **ending(sample)}
+def chat_choice(index: int, message: Json, logprobs: Json | None, **end: Any) -> Json:
+    """One answer of a chat completion."""
+    return {
+        "index": index,
+        "message": {"role": "assistant", **message},
+        "logprobs": logprobs,
+        **end,
+    }
 
 
 def chat_delta(index: int, delta: Json, logprobs: Json | None = None, **end: Any) -> Json:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
+import logging
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
+from tierkv import logs
 from tierkv.engine.async_llm import AsyncLLM
 from tierkv.errors import ConfigError
+
+announcer = logging.getLogger(logs.ANNOUNCER)
 
 POLL_S = 0.2
 BACKLOG = 2048
@@ -63,16 +69,55 @@ def interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextlib.contextmanager
-def signals_end_the_server_only() -> Iterator[None]:
-    """uvicorn raises the signals that stopped it again when it is done; here that is the end."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
-    try:
+class Ending(enum.Enum):
+    """How serving came to its end."""
+
+    DRAINED = enum.auto()
+    """A signal: what was in flight has been finished, or aborted when its time was over."""
+
+    CUT_OFF = enum.auto()
+    """A second signal: at once."""
+
+    ENGINE_DIED = enum.auto()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server; what signals mean is for `Stop` to say."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+
+
+class Stop:
+    """SIGTERM and SIGINT while serving: the first one drains, a second one ends at once.
+
+    Args:
+        server: takes no more connections after the first.
+        engine: its process is killed by the second, also while it lets go of its tiers.
+    """
+
+    def __init__(self, server: Server, engine: AsyncLLM) -> None:
+        self._server, self._engine = server, engine
+        self.num_signals = 0
+
+    @contextlib.contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Handle them while in the context."""
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.num_signals += 1
+        self._server.should_exit = True
+        if self.num_signals > 1:
+            self._server.force_exit = True
+            self._engine.kill()
 
 
 def serve(
@@ -81,50 +126,55 @@ def serve(
     listener: socket.socket,
     *,
     shutdown_timeout: int,
-    log_requests: bool,
     on_ready: Callable[[], None],
-) -> bool:
-    """Serve until SIGTERM, SIGINT or the end of the engine.
+) -> Ending:
+    """Serve until SIGTERM, SIGINT or the end of the engine; then let the engine go.
 
     Args:
         shutdown_timeout: seconds that requests in flight get to finish; then they are aborted,
             and answered with what they have.
-        log_requests: a line for each request.
         on_ready: called once when connections are accepted.
-
-    Returns:
-        Whether the engine still lived at the end.
     """
     config = uvicorn.Config(
         app,
-        log_level="info" if log_requests else "warning",
-        access_log=log_requests,
+        log_config=None,
+        access_log=False,
         lifespan="off",
         backlog=BACKLOG,
         timeout_graceful_shutdown=shutdown_timeout + ABORT_S,
     )
-    server = uvicorn.Server(config)
-    with signals_end_the_server_only():
-        return asyncio.run(_serve(server, engine, listener, shutdown_timeout, on_ready))
+    server = Server(config)
+    stop = Stop(server, engine)
+
+    def on_stop() -> None:
+        app.state.context.is_exiting = True
+
+    with stop.on_signals():
+        watch = _watch(server, engine, shutdown_timeout, on_ready, on_stop)
+        asyncio.run(_serve(server, listener, watch))
+        is_alive = not engine.is_dead
+        engine.shutdown()
+    if stop.num_signals > 1:
+        return Ending.CUT_OFF
+    return Ending.DRAINED if is_alive else Ending.ENGINE_DIED
 
 
-async def _serve(
-    server: uvicorn.Server,
-    engine: AsyncLLM,
-    listener: socket.socket,
-    shutdown_timeout: int,
-    on_ready: Callable[[], None],
-) -> bool:
-    watcher = asyncio.create_task(_watch(server, engine, shutdown_timeout, on_ready))
+async def _serve(server: Server, listener: socket.socket, watch: Coroutine[Any, Any, None]) -> None:
+    watcher = asyncio.create_task(watch)
     try:
         await server.serve(sockets=[listener])
+        if server.force_exit and (tasks := server.server_state.tasks):
+            await asyncio.wait(list(tasks), timeout=ABORT_S)  # each answers that its engine is gone
     finally:
         watcher.cancel()
-    return not engine.is_dead
 
 
 async def _watch(
-    server: uvicorn.Server, engine: AsyncLLM, shutdown_timeout: int, on_ready: Callable[[], None]
+    server: Server,
+    engine: AsyncLLM,
+    shutdown_timeout: int,
+    on_ready: Callable[[], None],
+    on_stop: Callable[[], None],
 ) -> None:
     """Say when the server is ready; stop it when the engine is dead; end what outlasts its end."""
     while not server.started:
@@ -133,5 +183,9 @@ async def _watch(
     while not (engine.is_dead or server.should_exit):
         await asyncio.sleep(POLL_S)
     server.should_exit = True
+    on_stop()
+    if num_open := len(server.server_state.tasks):
+        text = "stopping: %d requests get up to %d s to finish; a second signal ends at once"
+        announcer.info(text, num_open, shutdown_timeout)
     await asyncio.sleep(shutdown_timeout)
     engine.abort_all()

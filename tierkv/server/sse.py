@@ -1,4 +1,7 @@
-"""Server-sent events as OpenAI's API streams them: `data: {...}`, and `data: [DONE]` at the end."""
+"""Server-sent events: `data: {...}`, after `event: NAME` in the APIs whose events have names.
+
+Streams of completions end with `data: [DONE]`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 DONE = b"data: [DONE]\n\n"
 
 
-def event(payload: dict[str, Any]) -> bytes:
+def event(payload: dict[str, Any], name: str | None = None) -> bytes:
     """One event with a JSON payload."""
-    return f"data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
+    head = "" if name is None else f"event: {name}\n"
+    data = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
+    return f"{head}data: {data}\n\n".encode()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 from starlette.requests import Request
 
 from tierkv.server.context import ServerContext, read_body
 from tierkv.server.generation import ChatReply, CompletionReply
-from tierkv.server.protocol import ChatBody, CompletionBody, parse_body
+from tierkv.server.openapi import GENERATION_ERRORS, operation
+from tierkv.server.parsing import parse_body
+from tierkv.server.protocol import ChatBody, CompletionBody
+from tierkv.server.schemas import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
 
 
 class CompletionRoutes:
@@ -18,6 +23,7 @@ class CompletionRoutes:
         self._context = context
 
     async def completions(self, request: Request) -> Response:
+        """The continuations of one or several prompts, at once or as events."""
         body = parse_body(await read_body(request), CompletionBody)
         model, engine = self._context.known_model(body.model), self._context.engine
         return await self._context.answer(
@@ -25,13 +31,14 @@ class CompletionRoutes:
         )
 
     async def chat(self, request: Request) -> Response:
+        """The answers to a conversation, at once or as events."""
         body = parse_body(await read_body(request), ChatBody)
         model, engine = self._context.known_model(body.model), self._context.engine
-        template = self._context.settings.chat_template
+        settings = self._context.settings
         return await self._context.answer(
             request,
             body,
-            lambda: ChatReply(engine, body, model, template),
+            lambda: ChatReply(engine, body, model, settings),
             stream=bool(body.stream),
         )
 
@@ -39,6 +46,13 @@ class CompletionRoutes:
 def router(context: ServerContext) -> APIRouter:
     """`/v1/completions` and `/v1/chat/completions`."""
     routes, api = APIRouter(dependencies=[Depends(context.check_key)]), CompletionRoutes(context)
-    routes.add_api_route("/v1/completions", api.completions, methods=["POST"])
-    routes.add_api_route("/v1/chat/completions", api.chat, methods=["POST"])
+    about: dict[str, Any] = {"errors": GENERATION_ERRORS, "is_keyed": True}
+    completion = operation(
+        "OpenAI", body=CompletionBody, reply=Completion, event=CompletionChunk, **about
+    )
+    routes.add_api_route("/v1/completions", api.completions, methods=["POST"], **completion)
+    chat = operation(
+        "OpenAI", body=ChatBody, reply=ChatCompletion, event=ChatCompletionChunk, **about
+    )
+    routes.add_api_route("/v1/chat/completions", api.chat, methods=["POST"], **chat)
     return routes

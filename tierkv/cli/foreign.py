@@ -1,0 +1,190 @@
+"""Flags of other servers that `tierkv serve` does not have, and what to use instead.
+
+The tables are data: `flag,alias,...` to advice. A flag in `SAME_HERE` is taken when its value says
+what happens here anyway; an empty tuple is a switch. Names that mean the same here, such as
+`--max-model-len`, are not here: they are options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+_NO_ADAPTERS = "adapters are not served: merge the adapter into the weights and serve those"
+_NO_DRAFT = "there is no speculative decoding"
+_NO_GRAPHS = "nothing is compiled or captured: leave it out"
+_ONE_DEVICE = "an engine uses one device so far: leave it out"
+_PROXY = "leave that to a proxy in front of the server"
+_TEXT_ONLY = "only text is served: leave it out"
+_MODEL_DECIDES = "the model's config.json decides: leave it out"
+
+SHARED = {
+    "--attention-backend": "the device and the model decide: leave it out",
+    "--grammar-backend,--guided-decoding-backend": "there is one: leave it out",
+    "--kv-cache-dtype": "KV is kept in the model's dtype: see --dtype",
+    "--quantization,-q": "weights are served in the dtype of --dtype: give a model of that dtype",
+    "--reasoning-parser": "reasoning is not told from the answer: leave it out",
+}
+
+VLLM = {
+    "--allowed-origins,--allowed-methods,--allowed-headers,--allow-credentials": _PROXY,
+    "--api-server-count,-asc": "there is one front end: leave it out",
+    "--async-scheduling,--num-scheduler-steps": "leave it out: there is one way to schedule",
+    "--calculate-kv-scales": "KV is kept in the model's dtype: leave it out",
+    "--code-revision,--tokenizer-revision": "use --revision, which is for all files of the model",
+    "--collect-detailed-traces": "use --otlp-traces-endpoint alone",
+    "--compilation-config,-O,--cuda-graph-sizes,--max-seq-len-to-capture": _NO_GRAPHS,
+    "--cpu-offload-gb": "weights are not offloaded; for KV use --offload cpu=SIZE",
+    "--data-parallel-size,-dp": "start one server for each device, and balance between them",
+    "--disable-chunked-mm-input,--limit-mm-per-prompt,--mm-processor-kwargs": _TEXT_ONLY,
+    "--distributed-executor-backend": _ONE_DEVICE,
+    "--disable-sliding-window,--hf-overrides,--rope-scaling,--rope-theta": _MODEL_DECIDES,
+    "--download-dir": "set HF_HOME in the environment",
+    "--enable-expert-parallel": _ONE_DEVICE,
+    "--enable-lora,--lora-modules,--max-loras,--max-lora-rank,--max-cpu-loras": _NO_ADAPTERS,
+    "--generation-config,--override-generation-config": "requests say how to sample: leave it out",
+    "--hf-token": "set HF_TOKEN in the environment",
+    "--kv-cache-memory-bytes": "use --kv-cache-memory",
+    "--kv-offloading-size,--kv-offloading-backend": "use --offload cpu=SIZE",
+    "--kv-transfer-config": "use --offload cpu=SIZE,nvme=SIZE:PATH",
+    "--long-prefill-token-threshold": "use --max-num-batched-tokens",
+    "--max-log-len": "prompts are never logged: leave it out",
+    "--max-num-partial-prefills,--max-long-partial-prefills": "use --max-num-batched-tokens",
+    "--no-enable-chunked-prefill": "long prompts are always computed in chunks: see"
+    " --max-num-batched-tokens",
+    "--num-gpu-blocks-override": "use --num-gpu-blocks",
+    "--pipeline-parallel-size,-pp": _ONE_DEVICE,
+    "--prefix-caching-hash-algo": "there is one: leave it out",
+    "--response-role": "answers are from the assistant: leave it out",
+    "--root-path,--middleware": _PROXY,
+    "--speculative-config,-sc,--speculative-model,--num-speculative-tokens": _NO_DRAFT,
+    "--ssl-keyfile,--ssl-certfile,--ssl-ca-certs,--ssl-cert-reqs": _PROXY,
+    "--structured-outputs-config": "there is nothing to configure: leave it out",
+    "--swap-space": "use --offload cpu=SIZE: swapped and cached KV share that tier",
+    "--task,--runner": "text is generated: leave it out",
+    "--tensor-parallel-size,-tp": f"{_ONE_DEVICE} (1 is accepted)",
+    "--tokenizer-mode": "the tokenizer is transformers' fast one: leave it out",
+    "--tool-parser-plugin": "use --tool-call-parser with one that is built in",
+    "--uds": "use --host and --port",
+    "--use-v2-block-manager": "leave it out: there is one",
+}
+
+SGLANG = {
+    "--chunked-prefill-size,--max-prefill-tokens": "use --max-num-batched-tokens",
+    "--context-length": "use --max-model-len",
+    "--cuda-graph-max-bs,--enable-torch-compile": _NO_GRAPHS,
+    "--disable-radix-cache": "use --no-enable-prefix-caching",
+    "--dp-size,--dp": "start one server for each device, and balance between them",
+    "--enable-hierarchical-cache": "use --offload cpu=SIZE, or --offload auto as by default",
+    "--hicache-io-backend,--hicache-mem-layout": "there is one: leave it out",
+    "--hicache-ratio,--hicache-size": "use --offload cpu=SIZE",
+    "--hicache-storage-backend": "use --offload cpu=SIZE,nvme=SIZE:PATH",
+    "--hicache-storage-prefetch-policy": "use --prefetch-policy",
+    "--hicache-write-policy": "use --admission-policy",
+    "--json-model-override-args": _MODEL_DECIDES,
+    "--log-level": "use --uvicorn-log-level",
+    "--lora-paths": _NO_ADAPTERS,
+    "--max-queued-requests": "use --max-waiting",
+    "--max-running-requests": "use --max-num-seqs",
+    "--max-total-tokens": "use --num-gpu-blocks: that many tokens divided by --block-size",
+    "--mem-fraction-static": "use --gpu-memory-utilization, or --kv-cache-memory for a size",
+    "--model-path": "give it as MODEL",
+    "--page-size": "use --block-size",
+    "--pp-size,--tp-size,--tp": f"{_ONE_DEVICE} (1 is accepted)",
+    "--radix-eviction-policy": "use --eviction-policy",
+    "--random-seed": "use --seed",
+    "--sampling-backend": "there is one: leave it out",
+    "--schedule-conservativeness": "use --oversubscribe to run more than fits; else leave it out",
+    "--schedule-policy": "use --scheduling-policy",
+    "--speculative-algorithm,--speculative-draft-model-path": _NO_DRAFT,
+    "--stream-interval": "each token is sent as it comes: leave it out",
+    "--tokenizer-path": "use --tokenizer",
+    "--watchdog-timeout": "use --request-timeout",
+}
+
+LLAMA_CPP = {
+    "--alias,-a": "use --served-model-name",
+    "--api-key-file": "use --api-keys, which says whose they are; or --api-key",
+    "--batch-size,--ubatch-size,-b,-ub": "use --max-num-batched-tokens",
+    "--cache-ram,-cram": "use --offload cpu=SIZE",
+    "--cache-reuse": "prefixes are reused as they are: leave it out",
+    "--cache-type-k,--cache-type-v,-ctk,-ctv": "KV is kept in the model's dtype: see --dtype",
+    "--chat-template-file": "use --chat-template, which takes a file too",
+    "--ctx-size,-c": "use --max-model-len for one sequence, --kv-cache-memory for the pool",
+    "--flash-attn,-fa": "the device and the model decide: leave it out",
+    "--gpu-layers,--n-gpu-layers,-ngl": "use --device cuda (all layers) or --device cpu",
+    "--hf-repo,-hf,-hfr": "give the hub id as MODEL",
+    "--lora": _NO_ADAPTERS,
+    "--model-draft,-md": _NO_DRAFT,
+    "--model-url,-mu,-m": "give a Hugging Face directory or a hub id as MODEL; GGUF is not read",
+    "--mlock,--no-mmap,--numa": "leave it out: weights are loaded into memory",
+    "--no-kv-offload,-nkvo": "use --device cpu to keep all KV in CPU memory",
+    "--parallel,-np": "use --max-num-seqs",
+    "--predict,--n-predict,-n": "requests say max_tokens: leave it out",
+    "--slot-prompt-similarity,-sps": "any request may use any cached prefix: leave it out",
+    "--slot-save-path": "use --offload cpu=SIZE,nvme=SIZE:PATH: prompts are kept without asking",
+    "--slots": "see /metrics",
+    "--threads,--threads-batch,-t,-tb": "use --num-threads",
+    "--timeout,-to": "use --request-timeout",
+}
+
+TABLES = {
+    "vLLM": VLLM,
+    "SGLang": SGLANG,
+    "llama.cpp": LLAMA_CPP,
+    "other servers": SHARED,
+}
+
+SAME_HERE: dict[str, tuple[str, ...]] = {
+    "--api-server-count,-asc": ("1",),
+    "--cont-batching,-cb": (),
+    "--data-parallel-size,-dp": ("1",),
+    "--disable-cuda-graph": (),
+    "--disable-custom-all-reduce": (),
+    "--disable-log-stats": (),
+    "--disable-uvicorn-access-log": (),
+    "--dp-size,--dp": ("1",),
+    "--enable-cache-report": (),
+    "--enable-chunked-prefill": (),
+    "--enable-metrics": (),
+    "--enable-prompt-tokens-details": (),
+    "--enable-request-id-headers": (),
+    "--enable-sleep-mode": (),
+    "--enforce-eager": (),
+    "--jinja": (),
+    "--kv-cache-dtype": ("auto",),
+    "--metrics": (),
+    "--pipeline-parallel-size,-pp": ("1",),
+    "--pp-size,--tp-size,--tp": ("1",),
+    "--runner": ("auto", "generate"),
+    "--skip-server-warmup": (),
+    "--task": ("auto", "generate"),
+    "--tensor-parallel-size,-tp": ("1",),
+    "--tokenizer-mode": ("auto",),
+}
+"""What is so here too, always: accepted, and nothing changes."""
+
+SWITCHES = {
+    "--disable-log-requests": ("log_requests", False),
+    "--enable-log-requests": ("log_requests", True),
+}
+"""Other names of switches: the option that each sets, and to what."""
+
+
+def advice() -> dict[str, str]:
+    """Each flag of the tables: whose it is, and what to do instead."""
+    return {
+        flag: f"is an option of {owner}: {text}"
+        for owner, table in TABLES.items()
+        for flags, text in table.items()
+        for flag in flags.split(",")
+    }
+
+
+def accepted() -> dict[str, tuple[str, ...]]:
+    """Each flag that may be given, with its values; none for a switch."""
+    return {flag: values for flags, values in SAME_HERE.items() for flag in flags.split(",")}
+
+
+def all_flags() -> Iterator[str]:
+    """Every flag that is known here, each once."""
+    yield from dict.fromkeys([*advice(), *accepted(), *SWITCHES])
