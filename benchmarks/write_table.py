@@ -88,6 +88,70 @@ def scheduler_overhead(result: dict[str, Any]) -> Iterator[Row]:
     yield name, *at_most(result["match_ms"], 40.0, "ms")
 
 
+def moves(result: dict[str, Any]) -> Iterator[Row]:
+    for kind, base in (("memory", "memcpy"), ("nvme", "fio")):
+        for size, entry in result[kind].items():
+            target = result["targets_memory"][size] if kind == "memory" else result["target_nvme"]
+            shares = entry.get(f"share_of_{base}", {})
+            for link, figures in entry["systems"].items():
+                name = f"{link}, blocks of {int(size) >> 10} KiB"
+                if link in shares:
+                    yield f"{name}, of {base}", *at_least(shares[link], target, "%")
+                elif "->" in link:
+                    yield name, _shown(figures["gb_per_s"], "GB/s"), *NO_TARGET
+
+
+def tier_ttft(result: dict[str, Any]) -> Iterator[Row]:
+    for length, entry in result["lengths"].items():
+        for where, speedup in entry["speedup"].items():
+            name = f"first token of {int(length):,}, prefix in {where}, faster than cold"
+            yield name, *at_least(speedup, result["targets"][where])
+        for where, excess_s in entry["auto_excess_s"].items():
+            best = min(entry[f"{where}/{p}"]["median_s"] for p in ("load", "recompute"))
+            name = f"the same, {where}: `auto` above the better of load and recompute"
+            yield name, *at_most(1000 * excess_s, max(5.0, 50 * best), "ms")
+
+
+def oversubscribe(result: dict[str, Any]) -> Iterator[Row]:
+    for name, variant in result["variants"].items():
+        rate = _shown(variant["tokens_per_s"], "tokens/s")
+        yield f"chats in 1/4 of the pool, {name}", rate, *NO_TARGET
+    for tiers, ratios in result["ratios"].items():
+        for name, ratio in ratios.items():
+            target = result["targets"].get(name)
+            shown = at_least(ratio, target) if target else (_shown(ratio, "x"), *NO_TARGET)
+            yield f"chats in 1/4 of the pool, {tiers}, {name}", *shown
+
+
+def policies(result: dict[str, Any]) -> Iterator[Row]:
+    for share, entry in result["capacities"].items():
+        same = {
+            n.split(",")[0]: f for n, f in entry["policies"].items() if len({*n.split(",")}) == 1
+        }
+        best = max(same, key=lambda name: int(same[name]["hit_tokens"]))
+        ceiling = entry["ceiling"]["share"]
+        for name in dict.fromkeys(("lru", best)):
+            text = f"{result['trace']}, pool {share} + CPU, {name}: hits (optimum {ceiling:.1%})"
+            yield text, _shown(same[name]["share"], "%"), *NO_TARGET
+
+
+def overhead(result: dict[str, Any]) -> Iterator[Row]:
+    for pool, entry in result["pools"].items():
+        name = f"throughput lost by tiers where nothing is reused, {pool} pool"
+        yield name, *at_most(entry["loss"], result["target_loss"], "%")
+
+
+def decode_latency(result: dict[str, Any]) -> Iterator[Row]:
+    default = str(result["default_budget_mib"])
+    for budget in ("0", default):
+        point = result["budgets"][budget]
+        name = (
+            f"between two tokens, {'one tier' if budget == '0' else budget + ' MiB a step moving'}"
+        )
+        for which in ("p50", "p99"):
+            yield f"{name}, {which}", _shown(point[f"{which}_ms"], "ms"), *NO_TARGET
+
+
 READERS = {
     reader.__name__: reader
     for reader in (
@@ -97,6 +161,12 @@ READERS = {
         memory_waste,
         block_size,
         scheduler_overhead,
+        moves,
+        tier_ttft,
+        oversubscribe,
+        policies,
+        overhead,
+        decode_latency,
     )
 }
 

@@ -134,9 +134,10 @@ def declared(requirement: str) -> str:
 def test_every_import_is_a_declared_dependency(repository: Path) -> None:
     requirements = importlib.metadata.requires("tierkv") or []
     names = {declared(r) for r in requirements if "extra ==" not in r}
-    extras = {declared(r) for r in requirements if 'extra == "server"' in r or "cuda" in r}
-    import_names = {"pyyaml": "yaml", "pyzmq": "zmq"}
+    optional = [r for r in requirements if re.search(r'extra == "(server|cuda|otel)"', r)]
+    import_names = {"pyyaml": "yaml", "pyzmq": "zmq", "opentelemetry_sdk": "opentelemetry"}
     base = {import_names.get(name, name) for name in names}
+    extras = {import_names.get(name, name) for name in map(declared, optional)}
     used = {folder: third_party_imports(repository / folder) for folder in ("tierkv", *LINKED)}
     assert used["tierkv"], "the scan found no import at all"
     for folder, imports in used.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -113,3 +114,12 @@ def load_hf(name: str, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """transformers' own model, with its default (SDPA) attention."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_dir(name), dtype=dtype)
     return model.eval()
+
+
+def slot_bytes(name: str, block_size: int = 16) -> int:
+    """Bytes that a bf16 block of one of these models takes in a lower tier: padded to 4 KiB."""
+    config = AutoConfig.from_pretrained(model_dir(name))
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = 2 * config.num_hidden_layers * heads * width * block_size * 2
+    return -(-size // 4096) * 4096

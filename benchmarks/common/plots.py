@@ -19,11 +19,12 @@ def lines(
     *,
     title: str,
     left_label: str,
+    x_label: str = "block size (tokens)",
     right: Series | None = None,
     right_label: str = "",
     floor: tuple[float, str] | None = None,
 ) -> None:
-    """Lines over block sizes (log scale); `right` has its own axis, `floor` a dashed line."""
+    """Lines over `x` (log scale); `right` has its own axis, `floor` a dashed line."""
     figure, axes = plt.subplots(figsize=(6.4, 4.0), dpi=100)
     for name, values in left.items():
         axes.plot(x, values, marker="o", label=name)
@@ -32,7 +33,7 @@ def lines(
     axes.set_xscale("log", base=2)
     axes.set_xticks(x, [str(value) for value in x])
     axes.set_ylim(bottom=0)
-    axes.set(xlabel="block size (tokens)", ylabel=left_label, title=title)
+    axes.set(xlabel=x_label, ylabel=left_label, title=title)
     handles, labels = axes.get_legend_handles_labels()
     if right:
         twin = axes.twinx()

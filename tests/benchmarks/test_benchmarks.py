@@ -5,6 +5,7 @@ Nothing here asserts a time: these are tiny models and one run each.
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from collections.abc import Iterator
@@ -28,11 +29,13 @@ def _programs(
 
 
 def run(name: str, folder: Path, *options: str) -> dict[str, Any]:
-    """The result that program `name` writes with `--quick`."""
+    """The result that program `name` writes with `--quick`; the table can show it."""
     result = import_module(name).main(["--quick", "--out", str(folder), *options])
     written = json.loads((folder / f"{name}.json").read_text())
     assert written == json.loads(json.dumps(result))
     assert {"benchmark", "command", "date", "cpu", "cores", "torch", "transformers"} <= set(written)
+    rows = list(import_module("write_table").READERS[name](written))
+    assert rows and all(figure and bool(target) == bool(met) for _, figure, target, met in rows)
     return dict(written)
 
 
@@ -192,4 +195,58 @@ def test_oversubscribe(tmp_path: Path) -> None:
     result = run("oversubscribe", tmp_path)
     assert result["pool_blocks"] < result["working_set_blocks"]
     computed = {name: v["computed_tokens"] for name, v in result["variants"].items()}
-    assert computed["unlimited pool"] <= computed["swap, lookahead"] <= computed["recompute"]
+    for tiers in ("cpu", "cpu + nvme"):
+        swapped = computed[f"swap + lookahead, {tiers}"]
+        assert computed["unlimited pool"] <= swapped <= computed["recompute"]
+        assert {*result["targets"]} <= {*result["ratios"][tiers]}
+
+
+def test_policies(tmp_path: Path) -> None:
+    result = run("policies", tmp_path)
+    registry = import_module("tierkv.policies.registry")
+    for entry in result["capacities"].values():
+        names = {name for pair in entry["policies"] for name in pair.split(",")}
+        assert names == {*registry.known("eviction")} - {"belady"}
+        for figures in entry["policies"].values():
+            assert figures["hit_tokens"] == figures["hit_tokens_gpu"] + figures["hit_tokens_cpu"]
+            assert figures["hit_tokens_cpu"] > 0
+            assert figures["hit_tokens"] <= entry["ceiling"]["hit_tokens"]
+
+
+def test_policies_replay_a_given_trace(tmp_path: Path) -> None:
+    traces = import_module("common.traces")
+    records = [
+        {"hash_runs": [[0, 4]]},
+        {"hash_runs": []},
+        {"hash_ids": [0, 1, 9000]},
+        {"hash_runs": [[0, 2], [9000, 3]]},
+    ]
+    path = tmp_path / "trace.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    trace = traces.read(path, 3)
+    assert trace == [[0, 1, 2, 3], [0, 1, 9000], [0, 1, 9000, 9001, 9002]]
+    assert len({tuple(traces.prompt_of([i])) for i in range(0, 100_000, 7)}) == len(
+        range(0, 100_000, 7)
+    )
+    entry = run("policies", tmp_path, "--trace", str(path))["capacities"]["5 %"]
+    assert {f["hit_tokens"] for f in entry["policies"].values()} == {2 * 5}
+    assert entry["ceiling"]["hit_tokens"] == 2 * 5
+
+
+def test_overhead(tmp_path: Path) -> None:
+    result = run("overhead", tmp_path, "--folder", str(tmp_path / "device"))
+    roomy, tight = result["pools"]["roomy"]["cpu,nvme"], result["pools"]["tight"]["cpu,nvme"]
+    for tiers in (roomy, tight):
+        assert tiers["moved_bytes_gpu_cpu"] > 0 and tiers["moved_bytes_cpu_nvme"] > 0
+    for tier in ("gpu", "cpu", "nvme"):
+        assert roomy[f"{tier}_blocks_evicted"] == 0 < tight[f"{tier}_blocks_evicted"]
+    assert not list((tmp_path / "device").iterdir())
+
+
+def test_decode_latency(tmp_path: Path) -> None:
+    result = run("decode_latency", tmp_path)
+    for budget, point in result["budgets"].items():
+        assert 0 < point["p50_ms"] <= point["p99_ms"]
+        assert (point["moved_mib_per_step"] > 0) == (budget != "0")
+    assert (tmp_path / "decode_latency.png").read_bytes().startswith(b"\x89PNG")
