@@ -1,4 +1,4 @@
-"""Random histories of tenants, hints, pins, sleep and transfers, with moves that end in any order or
+"""Random histories of tenants, hints, pins, sleep and transfers, with moves that end anyhow or
 fail: every law holds after every step, and every request gets the tokens it would get alone.
 """
 
@@ -69,7 +69,15 @@ class Storm:
 
     def play(self) -> None:
         actions = [self.request] * 8 + [self.steps] * 8
-        actions += [self.pin, self.unpin, self.ttl, self.sleep, self.transfer, self.abort, self.wait]
+        actions += [
+            self.pin,
+            self.unpin,
+            self.ttl,
+            self.sleep,
+            self.transfer,
+            self.abort,
+            self.wait,
+        ]
         for _ in range(self.rng.randint(20, 60)):
             self.rng.choice(actions)()
             self.run.core.check()
@@ -92,7 +100,10 @@ class Storm:
         tokens = [rng.randrange(50) for _ in range(rng.randint(1, 6))]
         try:
             self.run.add(
-                self.prompt() + tokens, tokens=rng.randint(1, 9), tenant=rng.choice(TENANTS), **hints
+                self.prompt() + tokens,
+                tokens=rng.randint(1, 9),
+                tenant=rng.choice(TENANTS),
+                **hints,
             )
             self.done["requests"] += 1
         except CapacityError:

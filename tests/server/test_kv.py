@@ -119,9 +119,7 @@ def test_pin_unpin_and_their_numbers(kv: LiveApp) -> None:
         ("warm", {"prompt": LONG, "priority": 1000}, "priority"),
     ],
 )
-def test_bad_requests_are_named(
-    kv: LiveApp, path: str, fields: dict[str, Any], name: str
-) -> None:
+def test_bad_requests_are_named(kv: LiveApp, path: str, fields: dict[str, Any], name: str) -> None:
     response = call(kv, path, **fields)
     assert response.status_code == 400, response.text
     assert name in response.json()["error"]["param"]
@@ -258,9 +256,7 @@ def export(app: LiveApp, session: str) -> bytes:
 
 
 def upload(app: LiveApp, data: bytes) -> httpx.Response:
-    return app.http.post(
-        "/kv/import", content=data, headers={"Authorization": f"Bearer {ADMIN}"}
-    )
+    return app.http.post("/kv/import", content=data, headers={"Authorization": f"Bearer {ADMIN}"})
 
 
 def test_a_session_goes_and_comes_back(kv: LiveApp) -> None:
