@@ -1,7 +1,9 @@
-"""Many operations at once on one file: queues for engines that only know one at a time.
+"""Many operations at once on one file: threads, or the engine's own queue.
 
-The kernel's own queue (`io_aio.py`) is better where there is one: a thread for each operation in
-flight costs a change of threads, and of the holder of the interpreter lock, per operation.
+Small operations are for the kernel's queue (`io_aio.py`), where there is one: a thread for each
+operation in flight costs a change of threads, and of the holder of the interpreter lock, per
+operation. Of large ones a few keep a device busy, and starting one takes time that is better spent
+on checksums: they are for threads.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from concurrent.futures import Executor
 from typing import Protocol, runtime_checkable
 
 from tierkv.storage.io import Completed, IoEngine, IoQueue, Operation, perform
+
+LARGE_BYTES = 512 << 10
+"""Operations from this size on are for threads."""
 
 
 @runtime_checkable
@@ -57,7 +62,7 @@ class ThreadQueue:
             self._ended.put(error)
 
 
-def open_queue(io: IoEngine, depth: int, threads: Executor) -> IoQueue:
-    """The engine's own queue if it has one, else threads."""
-    own = io.open_queue(depth) if isinstance(io, HasQueue) else None
+def open_queue(io: IoEngine, depth: int, threads: Executor, num_bytes: int) -> IoQueue:
+    """A queue for operations of at least `num_bytes`."""
+    own = io.open_queue(depth) if num_bytes < LARGE_BYTES and isinstance(io, HasQueue) else None
     return own if own is not None else ThreadQueue(io, threads)

@@ -56,7 +56,7 @@ class NvmeStore:
     Args:
         directory: locked and prepared; the store closes it.
         now: wall clock in seconds, for `last_use`.
-        num_threads: operations at once within one call.
+        num_threads: for large operations, and for engines without a queue (io_queue.py).
     """
 
     def __init__(

@@ -30,7 +30,7 @@ class SlotIo:
 
     Args:
         io: the file.
-        threads: for engines without a queue of their own.
+        threads: for operations that are not for the engine's own queue.
         store_id: 16 bytes, in every header.
         payload_bytes: of each slot.
     """
@@ -85,7 +85,8 @@ class SlotIo:
         try:
             flow = self._idle.pop()
         except IndexError:
-            flow = Flow(open_queue(self._io, DEPTH, self._threads), self._longest_run)
+            queue = open_queue(self._io, DEPTH, self._threads, self.slot_bytes)
+            flow = Flow(queue, self._longest_run)
         flow.run(jobs)
         self._idle.append(flow)
 

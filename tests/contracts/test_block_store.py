@@ -12,7 +12,8 @@ from store_blocks import PAYLOAD_BYTES, cause, key_of, open_nvme, payload_of, re
 
 from tierkv.errors import InvariantError
 from tierkv.storage.base import DONE, BlockStore, Cause, SlotRead, SlotWrite
-from tierkv.storage.faults import FaultPlan, FaultyStore
+from tierkv.storage.faults import FaultPlan, FaultyIo, FaultyStore
+from tierkv.storage.io import IoEngine
 from tierkv.storage.io_posix import PosixIo
 from tierkv.storage.mem_store import MemStore
 from tierkv.storage.quarantine import QuarantinedStore
@@ -21,10 +22,17 @@ CAPACITY = 16
 ODD_BYTES = 5000
 """A payload that is no multiple of 4 KiB: staged, never used in place."""
 
+
+def without_queue(path: Path, num_bytes: int) -> IoEngine:
+    """An engine whose operations are for threads."""
+    return FaultyIo(PosixIo(path, num_bytes), FaultPlan())
+
+
 MAKERS: dict[str, Callable[[Path], BlockStore]] = {
     "memory": lambda path: MemStore(CAPACITY, PAYLOAD_BYTES),
     "nvme direct": lambda path: open_nvme(path, CAPACITY),
     "nvme buffered": lambda path: open_nvme(path, CAPACITY, open_io=partial(PosixIo, direct=False)),
+    "nvme threads": lambda path: open_nvme(path, CAPACITY, open_io=without_queue),
     "nvme odd size": lambda path: open_nvme(path, CAPACITY, ODD_BYTES),
     "faulty": lambda path: FaultyStore(MemStore(CAPACITY, PAYLOAD_BYTES), FaultPlan()),
     "quarantined": lambda path: QuarantinedStore(MemStore(CAPACITY, PAYLOAD_BYTES), lambda: 0.0),

@@ -19,7 +19,7 @@ from tierkv.storage.base import DONE
 from tierkv.storage.io import MAX_VECTORS, IoQueue, Operation, address_of, aligned
 from tierkv.storage.io_aio import KernelQueue
 from tierkv.storage.io_posix import PosixIo
-from tierkv.storage.io_queue import ThreadQueue, open_queue
+from tierkv.storage.io_queue import LARGE_BYTES, ThreadQueue, open_queue
 
 DEPTH, PAGE, COUNT = 8, 4096, 50
 KINDS = ("kernel", "threads")
@@ -255,12 +255,22 @@ def test_without_one_threads_do_the_work(
         monkeypatch.setattr(io_aio, "_call", refuse)
     with ThreadPoolExecutor(2) as threads:
         io = PosixIo(tmp_path / "file", PAGE, direct=reason != "buffered")
-        assert isinstance(open_queue(io, DEPTH, threads), ThreadQueue)
+        assert isinstance(open_queue(io, DEPTH, threads, PAGE), ThreadQueue)
         io.close()
     store = open_nvme(tmp_path / "store")
     assert store.write([write_of(n, n) for n in range(16)]) == [DONE] * 16
     assert read_back(store, 7, 7)[0] == DONE
     store.close()
+
+
+def test_large_operations_are_for_threads(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        io = PosixIo(tmp_path / "file", PAGE)
+        small = open_queue(io, DEPTH, threads, LARGE_BYTES - PAGE)
+        large = open_queue(io, DEPTH, threads, LARGE_BYTES)
+        assert (type(small), type(large)) == (KernelQueue, ThreadQueue)
+        small.close()
+        io.close()
 
 
 def test_a_bug_in_a_thread_is_seen() -> None:
