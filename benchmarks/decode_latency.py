@@ -80,6 +80,7 @@ class Decoding:
             self._add(shape.pile_prompt * BLOCK_SIZE, 1)
         self._finish()
         self.pile = [block for block in self.core.cache.tree if GPU in block.copies]
+        self._keys = {block.key for block in self.pile}
 
     def _set_budget(self, num_bytes: int) -> None:
         lower = self.core.cache.lower
@@ -98,20 +99,32 @@ class Decoding:
             self.core.step()
 
     def run(self, budget: int) -> tuple[list[float], int]:
-        """Seconds of each decode step of a new batch, and the bytes moved in that time."""
+        """Seconds of each decode step of a new batch, and the bytes that began to move."""
+        self._forget_batch()
         for _ in range(self.shape.batch):
             self._add(self.shape.context, self.shape.steps + 1)
         self._set_budget(0)
         while not self._is_decoding():
             self.core.step()
         self._set_budget(budget)
-        before, seconds = self._moved_bytes(), []
+        before, seconds = self._begun_bytes(), []
         while self.core.has_work:
             self._offer_again()
             start = time.perf_counter()
             self.core.step()
             seconds.append(time.perf_counter() - start)
-        return seconds, self._moved_bytes() - before
+        return seconds, self._begun_bytes() - before
+
+    def _forget_batch(self) -> None:
+        """Leave nothing but the pile in the pool, and nothing to be moved."""
+        self._set_budget(1 << 40)
+        if not self.core.flush(60.0):
+            raise RuntimeError("blocks did not go down within a minute")
+        cache = self.core.cache
+        others = [block for block in cache.tree if block.key not in self._keys]
+        for block in sorted(others, key=lambda block: -block.depth):
+            for tier in list(block.copies):
+                cache.evictors[tier].drop(block, Why.REMOVED)
 
     def _is_decoding(self) -> bool:
         scheduler = self.core.scheduler
@@ -119,8 +132,12 @@ class Decoding:
             seq.num_to_compute == 1 for seq in scheduler.running.values()
         )
 
-    def _moved_bytes(self) -> int:
-        return int(self.core.metrics().get("moved_bytes_gpu_cpu", 0))
+    def _begun_bytes(self) -> int:
+        """Bytes whose way down has begun, since the start."""
+        moves = self.core.cache.moves
+        if moves is None:
+            return 0
+        return int(self.core.metrics()["moved_bytes_gpu_cpu"]) + moves.in_flight_bytes[GPU, CPU]
 
     def _offer_again(self) -> None:
         """When all blocks of the pile have gone down: begin anew."""

@@ -35,6 +35,7 @@ from tierkv import SamplingParams
 from tierkv.config import EngineConfig
 from tierkv.engine import build
 from tierkv.engine.core import EngineCore, EngineRequest
+from tierkv.model.loader import load_model
 from tierkv.storage.root import STORE_BYTES
 
 MOST_LOSS = 0.03
@@ -145,14 +146,15 @@ def loss_of_fastest_turns(races: list[Race]) -> float | None:
     work = {tuple(turn.num_tokens for turn in turns) for r in races for turns in r.turns.values()}
     if len(work) != 1:
         return None
-    fastest = {
-        name: sum(
-            min(turn.seconds for turn in same)
-            for same in zip(*(r.turns[name] for r in races), strict=True)
-        )
+    one, both = (
+        [list(column) for column in zip(*(r.turns[name] for r in races), strict=True)]
         for name in (ONE_TIER, TIERS)
-    }
-    return 1 - fastest[ONE_TIER] / fastest[TIERS]
+    )
+    return 1 - sum(map(_fastest, one)) / sum(map(_fastest, both))
+
+
+def _fastest(same: list[Turn]) -> float:
+    return min(turn.seconds for turn in same)
 
 
 def compare(systems: dict[str, System], args: argparse.Namespace) -> dict[str, Any]:
@@ -193,7 +195,7 @@ def make_systems(
     num_blocks = sum(-(-(len(s.prompt) + s.num_new) // BLOCK_SIZE) for s in shapes)
     tight = at_once * (longest // BLOCK_SIZE + 2)
     systems: dict[str, dict[str, System]] = {}
-    loaded = build.load_model(config_of(model, at_once, longest, tight, None))
+    loaded = load_model(config_of(model, at_once, longest, tight, None))
     with mock.patch.object(build, "load_model", lambda _: loaded):
         for pool, size in (("roomy", num_blocks + tight), ("tight", tight)):
             systems[pool] = {}

@@ -121,5 +121,5 @@ def slot_bytes(name: str, block_size: int = 16) -> int:
     config = AutoConfig.from_pretrained(model_dir(name))
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = 2 * config.num_hidden_layers * heads * width * block_size * 2
+    size = 2 * int(config.num_hidden_layers) * int(heads) * int(width) * block_size * 2
     return -(-size // 4096) * 4096

@@ -27,7 +27,8 @@ Trace = list[list[int]]
 
 def synthetic(num_requests: int) -> Trace:
     """Sessions behind shared prompts, and single requests; always the same ones."""
-    return prefix_replay.synthetic_trace(1)[:num_requests]
+    trace: Trace = prefix_replay.synthetic_trace(1)
+    return trace[:num_requests]
 
 
 def read(path: Path, num_requests: int) -> Trace:

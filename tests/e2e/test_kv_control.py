@@ -34,7 +34,7 @@ def servers(
     common = (
         *(str(servable), "--num-gpu-blocks", str(POOL), "--num-threads", "1"),
         *("--dtype", "float32", "--admin-api-key", ADMIN, "--load-policy", "load"),
-        *("--max-num-seqs", "4", "--pin-budget", "1MiB"),
+        *("--max-num-seqs", "4", "--pin-budget", "2MiB"),
     )
     first = (*common, "--api-keys", str(folder / "keys.yaml"), "--api-key", "plain")
     with (
@@ -111,10 +111,10 @@ def test_a_pinned_prefix_survives_what_evicts_others(servers: list[ServerProcess
     press(server, 100)
     assert 50 * 37 * found["block_bytes"] > capacity
     assert ask(server, pinned)[1] >= 592
-    assert ask(server, other)[1] <= 3
+    assert ask(server, other)[1] < 16
     assert "unpinned: True" in kv(server, "unpin", "--prompt", pinned)
     press(server, 200)
-    assert ask(server, pinned)[1] <= 3
+    assert ask(server, pinned)[1] < 16
 
 
 def test_what_has_expired_goes_before_what_was_used_earlier(servers: list[ServerProcess]) -> None:
@@ -196,7 +196,7 @@ def test_a_pin_cannot_wedge_the_pool(servers: list[ServerProcess]) -> None:
             break
         number += 1
     assert response.status_code == 409 and "are pinned" in response.text
-    assert number > 42
+    assert number > 43
     whole = text_of(60, 16 * POOL - 40)
     text, _ = ask(server, whole, tokens=20)
     assert ask(server, whole, tokens=20, cache_salt="z")[0] == text
@@ -208,7 +208,7 @@ def test_a_pin_cannot_wedge_the_pool(servers: list[ServerProcess]) -> None:
 def test_tenants_do_not_find_each_others_prompts(servers: list[ServerProcess]) -> None:
     server, prompt = servers[0], text_of(70)
     for key in ("key-one", "key-two", "plain"):
-        assert ask(server, prompt, key)[1] == 0
+        assert ask(server, prompt, key)[1] < 16
         assert ask(server, prompt, key)[1] >= 592
     headers = {"Authorization": "Bearer wrong"}
     assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 401
@@ -216,21 +216,19 @@ def test_tenants_do_not_find_each_others_prompts(servers: list[ServerProcess]) -
 
 
 def test_a_flood_of_one_tenant_takes_no_more_than_its_share(servers: list[ServerProcess]) -> None:
-    """The other one asks as fast as it can, too, but never has more than four waiting."""
-    server, stop = servers[0], time.monotonic() + 12
-    served = {"key-one": 0, "key-two": 0}
-    lock = threading.Lock()
+    """Sixty clients of one tenant, sixteen of the other, whose weight is twice as much."""
+    server, served = servers[0], list[str]()
 
     def client(key: str, number: int) -> None:
-        while time.monotonic() < stop:
-            ask(server, text_of(number, 40), key, tokens=30, kv_hints={"no_store": True})
-            with lock:
-                served[key] += time.monotonic() < stop
+        while len(served) < 90:
+            ask(server, text_of(number, 40), key, tokens=60, kv_hints={"no_store": True})
+            served.append(key)
 
-    threads = [threading.Thread(target=client, args=("key-one", i)) for i in range(40)]
-    threads += [threading.Thread(target=client, args=("key-two", 50 + i)) for i in range(8)]
+    clients = [("key-one", i) for i in range(60)] + [("key-two", 60 + i) for i in range(16)]
+    threads = [threading.Thread(target=client, args=who) for who in clients]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(300)
-    assert served["key-two"] > 1.3 * served["key-one"] > 0  # its weight is 2
+    share = served[30:90].count("key-two")
+    assert 32 <= share <= 48, served

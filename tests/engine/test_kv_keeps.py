@@ -209,15 +209,29 @@ def test_in_the_pool_a_pinned_block_is_ordinary_once_it_is_below() -> None:
 
 def test_a_pin_waits_for_a_tier_that_turned_it_away() -> None:
     run = KvRun(num_blocks=40, nvme_blocks=40, nvme_write_rate=1)
-    run.ask(PROMPT)
+    run.add(PROMPT)
+    run.finish()
     run.control.pin("", "", PROMPT)
-    run.settle()
+    for _ in range(3):
+        run.core.work_in_background()
     assert 0 < run.held(PROMPT)["nvme"] < 8
-    for _ in range(20):
-        run.pass_time(2.0)
-        run.settle()
+    assert run.core.has_background_work, "it is tried again although nobody asks for anything"
+    run.settle()
     assert run.held(PROMPT)["nvme"] == 8
-    assert not run.cache.keeps._unsettled
+    assert not run.cache.keeps.has_unsettled
+
+
+def test_a_pin_gets_its_place_while_others_are_on_their_way_out() -> None:
+    """A full tier makes room by sending others down first, and turns away who comes meanwhile."""
+    run = KvRun(num_blocks=40, cpu_blocks=12, nvme_blocks=60, pin_budget=32 * 40)
+    press(run, 6)
+    for number in range(3):
+        prompt = prompt_of(number, 8 * BLOCK)
+        run.add(prompt)
+        run.finish()
+        run.control.pin("", "", prompt)
+    run.settle()
+    assert [run.held(prompt_of(number, 8 * BLOCK))["nvme"] for number in range(3)] == [8, 8, 8]
 
 
 def test_a_pin_may_end_by_itself() -> None:

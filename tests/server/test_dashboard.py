@@ -100,7 +100,7 @@ def test_where_there_are_tenants_only_administrators_watch() -> None:
     """It shows the requests of all of them."""
     tenants = {"one": Caller(Tenant("a")), "two": Caller(Tenant("b"), is_admin=True)}
     context: Any = SimpleNamespace(engine=None, settings=AppSettings(["m"]), is_exiting=False)
-    context.check_key, context.check_admin = object(), object()
+    context.check_key, context.check_admin = (lambda: "key"), (lambda: "admin key")
     for callers, check in (
         (Callers(tenants=tenants), context.check_admin),
         (Callers("k"), context.check_key),
@@ -139,16 +139,15 @@ def test_a_stream_says_what_it_is_and_then_how_things_are(app: LiveApp) -> None:
 
 
 def test_a_running_request_is_seen_and_nothing_that_it_says(app: LiveApp) -> None:
-    body = {"model": "tiny", "prompt": WORDS, "max_tokens": 300, "ignore_eos": True, "stream": True}
+    body: Event = {"model": "tiny", "prompt": WORDS, "max_tokens": 1500, "ignore_eos": True}
     seen: list[Event] = []
-    with app.http.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
-        stream = events(app)
-        hello = next(stream)
+    stream = events(app)
+    hello = next(stream)
+    with app.http.stream("POST", "/v1/completions", json=body | {"stream": True}):
         row = live_row(hello, stream, seen)
-        stream.close()
         known = app.http.get("/dashboard/request", params={"id": row["request"]}).json()
-    assert row["prompt_tokens"] == len(WORDS) and row["max_tokens"] == 300
+    stream.close()
+    assert row["prompt_tokens"] == len(WORDS) and row["max_tokens"] == 1500
     assert row["owner"] > 0 and row["gpu"] == row["blocks"] > 0
     assert known["cells"]["gpu"] and known["ended_s"] is None
     assert [event[2] for event in known["events"]][:2] == ["queued", "running"]
@@ -161,8 +160,10 @@ def live_row(hello: Event, stream: Iterator[Event], seen: list[Event]) -> dict[s
     for snapshot in stream:
         seen.append(snapshot)
         for row in rows_of(hello, snapshot):
-            if row["state"] == "decode" and row["prompt_tokens"] == len(WORDS):
-                return row
+            if row["prompt_tokens"] == len(WORDS):
+                assert row["state"] != "finished", "it was over too soon"
+                if row["state"] == "decode":
+                    return row
     raise AssertionError("the stream ended")
 
 

@@ -276,6 +276,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role='tool'"),
     ({"messages": [{"role": "user"}]}, "messages[0].content=None: is required"),
     ({"messages": [HELLO, {"role": "user", "content": []}]}, "messages[1].content=[]"),
+    ({"messages": [{"role": "system", "content": []}]}, "messages[0].content=[]"),
     (of_user({"type": "image", "source": {}}), "messages[0].content[0].type='image'"),
     (of_user({"type": "text", "text": 5}), "messages[0].content[0].text=5: must be text"),
     (of_user(USE), "messages[0].content[0].type='tool_use'"),

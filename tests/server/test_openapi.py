@@ -46,7 +46,8 @@ ANSWER_S = 60
 def short(servable: Path) -> Iterator[LiveApp]:
     """An application without a key whose context is so short that every request ends soon."""
     options: dict[str, Any] = {"num_gpu_blocks": 64, "num_threads": 1, "max_model_len": 64}
-    with live_app(servable, AppSettings(["tiny", "org/tiny"]), **options) as running:
+    settings = AppSettings(["tiny", "org/tiny"], max_sequences=8)
+    with live_app(servable, settings, **options) as running:
         yield running
 
 

@@ -122,6 +122,7 @@ class KvRun:
         for _ in range(1000):
             if not self.core.has_background_work:
                 break
+            self.clock.time += 0.05
             self.core.work_in_background()
         assert not self.core.has_background_work
         self.core.check()

@@ -28,7 +28,8 @@ from tierkv.protocols import Clock
 from tierkv.types import BlockKey, TierName
 
 _MOST_PINS = 4096
-_RETRY_S = 1.0
+_FIRST_PAUSE_S = 0.02
+_MAX_PAUSE_S = 2.0
 
 
 @dataclass(slots=True)
@@ -77,7 +78,7 @@ class Keeps:
         self._num_timers = self._most_timers = 0
         self._next_end_s = math.inf
         self._unsettled: set[BlockKey] = set()
-        self._retry_s = 0.0
+        self._retry_s, self._pause_s = 0.0, _FIRST_PAUSE_S
 
     # ------------------------------------------------------------------ what requests do
 
@@ -151,7 +152,11 @@ class Keeps:
             raise ConflictError("pin", len(self.pins), f"at most {_MOST_PINS} pins: unpin some")
         for who, used, most in (
             ("", len(self._counts), self.budget),
-            (f" of {tenant}", self._by_tenant[tenant], self.share(tenant)),
+            (
+                f" of {tenant or 'those without a tenant'}",
+                self._by_tenant[tenant],
+                self.share(tenant),
+            ),
         ):
             if used + new > most:
                 fix = f"the pin budget{who} is {most} blocks, {used} are pinned: unpin some"
@@ -207,6 +212,11 @@ class Keeps:
         return len(found)
 
     @property
+    def has_unsettled(self) -> bool:
+        """Pinned blocks have not reached the last tier: `poll` offers them again."""
+        return bool(self._unsettled)
+
+    @property
     def num_pinned(self) -> int:
         """Different blocks that are pinned, present or not."""
         return len(self._counts)
@@ -229,8 +239,11 @@ class Keeps:
             if block.in_tree and block.kept is not None and block.kept.timer_s == time_s:
                 self._ring(block, block.kept, now)
         if self._unsettled and now >= self._retry_s:
-            self._retry_s = now + _RETRY_S
+            count = len(self._unsettled)
             self._settle()
+            is_better = len(self._unsettled) < count
+            self._pause_s = _FIRST_PAUSE_S if is_better else min(2 * self._pause_s, _MAX_PAUSE_S)
+            self._retry_s = now + self._pause_s
 
     def _ring(self, block: Block, kept: Kept, now: float) -> None:
         kept.timer_s = math.inf
@@ -277,6 +290,7 @@ class Keeps:
             kept.is_pinned = True
             self._renew(block)
         self._unsettled.add(block.key)
+        self._retry_s, self._pause_s = 0.0, _FIRST_PAUSE_S
         self._send_down(block)
 
     def _send_down(self, block: Block) -> None:
@@ -285,12 +299,19 @@ class Keeps:
                 self._lower.offer(block, tier, When.USED, self._hint_of(block))
 
     def _settle(self) -> None:
-        """Offer again what has not reached the last tier."""
+        """Offer again what has not reached the last tier, parents first."""
         last = [*self._evictors][-1]
+        waiting = []
         for key in list(self._unsettled):
             block = self._tree.get(key)
             copy = block.copies.get(last) if block is not None else None
             if block is None or (copy is not None and copy.state is CopyState.READY):
                 self._unsettled.discard(key)
             else:
-                self._send_down(block)
+                waiting.append(block)
+        for block in sorted(waiting, key=_depth):
+            self._send_down(block)
+
+
+def _depth(block: Block) -> int:
+    return block.depth

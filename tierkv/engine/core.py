@@ -245,7 +245,8 @@ class EngineCore:
     @property
     def has_background_work(self) -> bool:
         """Moves or offers are left that `work_in_background` would advance."""
-        return self.cache.has_background_work or self.control.is_falling_asleep
+        is_waiting = self.control.is_falling_asleep or self.cache.keeps.has_unsettled
+        return is_waiting or self.cache.has_background_work
 
     def work_in_background(self) -> None:
         """Advance moves while there is no request; does not wait."""

@@ -77,8 +77,9 @@ class GrammarMasks:
         for follower, seq in zip(followers, seqs, strict=True):
             follower.read(seq)
         bits = self._compute([f.matcher for f in followers], followers[0].grammar.num_words)
-        forbidden = np.unpackbits(~bits.view(np.uint8), axis=1, bitorder="little")
-        mask = torch.from_numpy(forbidden[:, : logits.shape[-1]]).bool().to(logits.device)
+        vocab = logits.shape[-1]
+        forbidden = np.unpackbits(~bits.view(np.uint8), axis=1, count=vocab, bitorder="little")
+        mask = torch.from_numpy(forbidden).view(torch.bool).to(logits.device)
         masked = logits.clone()
         if len(rows) == logits.shape[0]:
             return masked.masked_fill_(mask, _NEVER)

@@ -103,7 +103,10 @@ class SystemMessage(Part):
     """Instructions between the turns."""
 
     role: Literal["system"]
-    content: TextOrBlocks
+    content: Annotated[
+        Annotated[str, Tag(TEXT)] | Annotated[list[TextBlock], Field(min_length=1), Tag(LIST)],
+        TextOrList,
+    ]
 
 
 Message = Annotated[
@@ -204,9 +207,10 @@ class PromptBody(MappedBody):
     def check_the_end(self) -> Self:
         """A call that nobody answered cannot be continued."""
         last = self.messages[-1].content
-        if isinstance(last, list) and isinstance(last[-1], ToolUseBlock):
+        block = last[-1] if isinstance(last, list) else None
+        if isinstance(block, ToolUseBlock):
             fix = "ends with a tool_use: add a message of the user with its tool_result"
-            raise RequestError(f"messages[{len(self.messages) - 1}]", last[-1].name, fix)
+            raise RequestError(f"messages[{len(self.messages) - 1}]", block.name, fix)
         return self
 
     def chat_fields(self) -> Json:
