@@ -14,14 +14,17 @@ if TYPE_CHECKING:
     from tierkv.engine.async_llm import AsyncLLM
     from tierkv.engine.beam import BeamSearchParams
     from tierkv.engine.grammar_params import StructuredOutputsParams
+    from tierkv.engine.kv_hints import KvHints
     from tierkv.engine.llm import LLM
     from tierkv.engine.outputs import CompletionOutput, RequestOutput
     from tierkv.engine.sampling_params import SamplingParams
     from tierkv.errors import (
         CapacityError,
         ConfigError,
+        ConflictError,
         EngineDeadError,
         InvariantError,
+        NotFoundError,
         QueueFullError,
         RequestError,
         TierkvError,
@@ -36,10 +39,13 @@ __all__ = [
     "CapacityError",
     "CompletionOutput",
     "ConfigError",
+    "ConflictError",
     "EngineConfig",
     "EngineDeadError",
     "InvariantError",
+    "KvHints",
     "LLM",
+    "NotFoundError",
     "QueueFullError",
     "RequestError",
     "RequestOutput",
@@ -55,6 +61,7 @@ _HOMES = {
     "BeamSearchParams": "tierkv.engine.beam",
     "CompletionOutput": "tierkv.engine.outputs",
     "EngineConfig": "tierkv.config",
+    "KvHints": "tierkv.engine.kv_hints",
     "LLM": "tierkv.engine.llm",
     "RequestOutput": "tierkv.engine.outputs",
     "SamplingParams": "tierkv.engine.sampling_params",

@@ -31,6 +31,8 @@ from tierkv.engine.sampling_params import SamplingParams
 from tierkv.engine.tokenizer import load_tokenizer
 from tierkv.errors import InvariantError, RequestError
 
+_PAUSE_S = 0.005  # between two looks at what goes down
+
 
 class LLM:
     """A model ready to generate. Not thread-safe: use it from one thread at a time.
@@ -146,6 +148,24 @@ class LLM:
         blocks; False, and the log says why, when a disk has not confirmed it."""
         return self._engine.reset_prefix_cache()
 
+    def sleep(self, level: int = 1) -> None:
+        """Give the pool's memory back to the system; its KV goes to the tiers below, if there are
+        any. Weights stay. Requests wait until `wake_up`, and then go on.
+
+        Raises:
+            RequestError: another level than 1, which would drop weights too.
+        """
+        if level != 1:
+            raise RequestError("level", level, "must be 1: weights stay where they are")
+        self._engine.control.sleep()
+        while self._engine.control.is_falling_asleep:
+            self._engine.work_in_background()
+            self._engine.cache.wait(_PAUSE_S)
+
+    def wake_up(self) -> None:
+        """Go on with what waits."""
+        self._engine.control.wake()
+
     def metrics(self) -> dict[str, Any]:
         """Counters since the start and gauges of now, by name."""
         return self._engine.metrics()
@@ -220,6 +240,8 @@ class LLM:
         return self._route(self._run_engine())
 
     def _run_engine(self) -> list[SequenceOutput]:
+        if not self._engine.control.is_awake:
+            raise RequestError("prompt", "<request>", "the engine is asleep: call wake_up() first")
         if not self._engine.has_work:
             raise InvariantError("the engine is idle while requests wait for it")
         return self._engine.step()

@@ -55,7 +55,8 @@ class Observer:
 
     def snapshot(self) -> dict[str, Any]:
         """Everything at once, as plain values."""
-        holders = self._look_at_pool()
+        holders = self._prepare()
+        holders.look(self._scheduler.holders)
         scheduler, moves = self._scheduler, self._cache.moves
         queue = list(scheduler.waiting)
         return {
@@ -72,7 +73,7 @@ class Observer:
         }
 
     def request(self, request_id: str) -> dict[str, Any] | None:
-        """What happened to a request, its rows, and the cells of each tier that hold its blocks.
+        """What happened to a request, and the cells of each tier that hold its blocks.
 
         None when it is unknown, or forgotten.
         """
@@ -80,17 +81,17 @@ class Observer:
         if live is None:
             ended = timeline.ended(request_id)
             return None if ended is None else ended | {"t": timeline.now(), "cells": {}}
-        self._look_at_pool()
+        self._prepare()
         return timeline.describe(live) | {"t": timeline.now(), "cells": self._cells_of(live)}
 
-    def _look_at_pool(self) -> Holders:
+    def _prepare(self) -> Holders:
+        """Nothing is kept of the tiers until somebody looks."""
         if self._holders is None:
             self._holders = Holders(self._cache.num_blocks, self._cache.block_size)
             self._tiers = [
                 TierCells(tier, self._holders if name is TierName.GPU else None)
                 for name, tier in self._cache.residency.tiers.items()
             ]
-        self._holders.look(self._scheduler.holders)
         return self._holders
 
     def _links(self) -> list[list[Any]]:
