@@ -3,7 +3,8 @@
 Between pool and arena against one plain memcpy of the same bytes; between arena and NVMe store
 against fio (where it is installed) with the same sizes, as many operations at once, O_DIRECT, and
 for writes a sync after as many bytes. Slots are in random order, so that no two neighbours become
-one operation. The sweep says how many bytes must be in flight to reach a link's rate.
+one operation; for NVMe also in order, as the blocks of a prompt are where nothing was evicted yet,
+against fio in order. The sweep says how many bytes must be in flight to reach a link's rate.
 
     python benchmarks/moves.py [--folder DIR]      DIR is on the device to measure
 """
@@ -32,7 +33,9 @@ from tierkv.cache.mover import ThreadMover
 from tierkv.cache.pools import GpuPool
 from tierkv.storage.arena import HostArena
 from tierkv.storage.directory import StoreSpec, open_directory
+from tierkv.storage.flow import DEPTH
 from tierkv.storage.io_posix import PosixIo
+from tierkv.storage.io_queue import LARGE_BYTES
 from tierkv.storage.nvme_store import NvmeStore
 from tierkv.storage.record import slot_bytes
 from tierkv.types import Move, MovePriority, TierName
@@ -44,6 +47,7 @@ SWEPT_BYTES = 256 * KIB
 STORE_THREADS, NUM_READERS, WRITE_BYTES = 4, 2, 32 * MIB
 TARGETS = {size: 0.5 if size == 32 * KIB else 0.85 for size in BLOCK_BYTES}
 TARGET_NVME = 0.85
+ORDERS = ("in order", "random")
 LINKS = {
     "pool -> arena": (GPU, CPU),
     "arena -> pool": (CPU, GPU),
@@ -55,7 +59,9 @@ LINKS = {
 class Tiers:
     """Pool, arena and maybe a store with `count` blocks each, all of them written once."""
 
-    def __init__(self, block_bytes: int, count: int, store: NvmeStore | None = None) -> None:
+    def __init__(
+        self, block_bytes: int, count: int, store: NvmeStore | None = None, order: str = "random"
+    ) -> None:
         layout = KVLayout(block_bytes // 2048, 1, 32, 16, "bfloat16")
         self.count, self.block_bytes = count, block_bytes
         self.pool, self.arena = GpuPool(layout, count, "cpu"), HostArena(count, block_bytes)
@@ -64,8 +70,11 @@ class Tiers:
         self.mover = ThreadMover(
             self.pool, self.arena, store, write_bytes=WRITE_BYTES, num_readers=NUM_READERS
         )
-        order = random.Random(0)
-        self._slots = [order.sample(range(count), count) for _ in range(2)]
+        shuffled = random.Random(0)
+        self._slots = [list(range(count)) for _ in range(2)]
+        if order == "random":
+            for slots in self._slots:
+                shuffled.shuffle(slots)
 
     def moves(self, link: str) -> list[Move]:
         """All blocks over one link, from random slots to random slots; NVMe slot i keeps key i."""
@@ -127,15 +136,16 @@ def memcpy(total_bytes: int, rounds: int) -> Run:
     return run
 
 
-def fio(folder: Path, block_bytes: int, total_bytes: int, verb: str) -> Run:
-    """fio with as many operations at once as the store has: slots in random order."""
+def fio(folder: Path, block_bytes: int, total_bytes: int, verb: str, order: str) -> Run:
+    """fio with as many operations at once as the store has, and slots in the same order."""
     size = slot_bytes(block_bytes)
-    depth = STORE_THREADS * (NUM_READERS if verb == "read" else 1)
+    per_call = DEPTH if size < LARGE_BYTES else STORE_THREADS
+    depth = per_call * (NUM_READERS if verb == "read" else 1)
     count = total_bytes // block_bytes
     options = {
         "name": "moves",
         "filename": str(folder / "fio.data"),
-        "rw": f"rand{verb}",
+        "rw": f"rand{verb}" if order == "random" else verb,
         "bs": size,
         "size": size * count,
         "ioengine": "libaio",
@@ -179,15 +189,17 @@ def memory_entry(block_bytes: int, total_bytes: int, args: argparse.Namespace) -
     return {"systems": rates(samples, total_bytes), "share_of_memcpy": ratios}
 
 
-def nvme_entry(block_bytes: int, total_bytes: int, args: argparse.Namespace) -> dict[str, Any]:
+def nvme_entry(
+    block_bytes: int, total_bytes: int, order: str, args: argparse.Namespace
+) -> dict[str, Any]:
     """Both directions between arena and store, and fio."""
     count, links = total_bytes // block_bytes, list(LINKS)[2:]
     with opened(args.folder, block_bytes, count) as store:
-        tiers = Tiers(block_bytes, count, store)
+        tiers = Tiers(block_bytes, count, store, order)
         systems = {link: _runner(tiers, link) for link in links}
         if args.has_fio:
-            systems["fio write"] = fio(args.folder, block_bytes, total_bytes, "write")
-            systems["fio read"] = fio(args.folder, block_bytes, total_bytes, "read")
+            systems["fio write"] = fio(args.folder, block_bytes, total_bytes, "write", order)
+            systems["fio read"] = fio(args.folder, block_bytes, total_bytes, "read", order)
         samples = alternate(systems, args.repeats, quiet_s=args.quiet_s)
         tiers.mover.close()
     entry: dict[str, Any] = {"systems": rates(samples, total_bytes)}
@@ -262,8 +274,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         args.folder = Path(folder)
         memory = {str(size): memory_entry(size, total_bytes, args) for size in BLOCK_BYTES}
         show("memory", "memcpy", memory, TARGETS)
-        nvme = {str(size): nvme_entry(size, total_bytes, args) for size in BLOCK_BYTES}
-        show("NVMe", "fio", nvme, dict.fromkeys(BLOCK_BYTES, TARGET_NVME))
+        nvme = {
+            order: {str(size): nvme_entry(size, total_bytes, order, args) for size in BLOCK_BYTES}
+            for order in ORDERS
+        }
+        for order, entries in nvme.items():
+            show(f"NVMe, {order}", "fio", entries, dict.fromkeys(BLOCK_BYTES, TARGET_NVME))
         if not args.has_fio:
             print("fio is not installed (Debian package fio): NVMe figures have no baseline")
         swept = sweep(total_bytes, args)

@@ -14,8 +14,8 @@ def table(num_rows: int, num_bytes: int, gap: int) -> torch.Tensor:
     return whole[:, :num_bytes]
 
 
-@pytest.mark.parametrize("num_bytes", [1, 100, 4096])
-@pytest.mark.parametrize(("src_gap", "dst_gap"), [(0, 0), (0, 24), (24, 0), (24, 24)])
+@pytest.mark.parametrize("num_bytes", [1, 100, 4096, 4097, 9001])
+@pytest.mark.parametrize(("src_gap", "dst_gap"), [(0, 0), (0, 24), (24, 0), (24, 24), (1, 63)])
 def test_copy_rows(num_bytes, src_gap, dst_gap, backend, rng) -> None:
     source, destination = table(40, num_bytes, src_gap), table(60, num_bytes, dst_gap)
     # Scattered rows, a run on both sides, a run on one side only, the last rows.
