@@ -43,6 +43,7 @@ def test_what_says_nothing_is_nothing() -> None:
         ("ttl", float("nan")),
         ("ttl", float("inf")),
         ("ttl", "3"),
+        ("ttl", 10**400),
         ("ttl", True),
         ("priority", 101),
         ("priority", 1.0),

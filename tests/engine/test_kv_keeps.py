@@ -325,6 +325,30 @@ def test_tenants_share_the_budget_by_weight() -> None:
     assert run.control.stats()["pins"]["pinned_bytes"] == 12 * 32
 
 
+def test_tenants_whose_names_run_into_session_ids_have_pins_of_their_own() -> None:
+    run = KvRun(num_blocks=24, cpu_blocks=60, pin_budget=32 * 60)
+    run.set_tenants(**{"a": {}, "a b": {}})
+    run.ask(PROMPT, tenant="a", session_id="b c")
+    run.ask(PROMPT, tenant="a b", session_id="c")
+    run.control.pin("a", "a", None, "b c")
+    run.control.pin("a b", "a b", None, "c")
+    assert len(run.cache.keeps.pins) == 2
+    run.control.unpin("a", "a", None, "b c")
+    assert run.control.stats("a b")["pins"]["count"] == 1
+    assert run.control.stats("a")["pins"]["count"] == 0
+
+
+@pytest.mark.parametrize("bad", [-1, 10**6, 2**32])
+def test_tokens_that_no_model_has_are_refused_and_not_hashed(bad: int) -> None:
+    run = KvRun(num_blocks=24)
+    calls = [run.control.pin, run.control.unpin, run.control.ttl]
+    for call in calls:
+        with pytest.raises(RequestError, match="token ids must be in"):
+            call("", "", [bad] * 2 * BLOCK)
+    with pytest.raises(RequestError, match="token ids must be in"):
+        run.control.where("", [bad] * 2 * BLOCK)
+
+
 def test_what_cannot_be_pinned_says_why() -> None:
     run = KvRun(num_blocks=40)
     with pytest.raises(NotFoundError, match="warm it first"):

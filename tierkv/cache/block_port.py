@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from concurrent.futures import Future
 
@@ -9,6 +10,8 @@ from tierkv.cache.pools import GpuPool
 from tierkv.storage.arena import HostArena
 from tierkv.storage.base import BlockStore, Done, SlotRead
 from tierkv.types import BlockKey, TierName
+
+logger = logging.getLogger(__name__)
 
 
 class TierPort:
@@ -44,8 +47,9 @@ class TierPort:
             (outcome,) = store.read([SlotRead(slot, key, out)])
             is_there = isinstance(outcome, Done)
             found.set_result(bytes(out[: self._pool.block_bytes]) if is_there else None)
-        except BaseException as error:
-            found.set_exception(error)
+        except Exception:
+            logger.exception("a stored block could not be read")
+            found.set_result(None)
 
     def write(self, slot: int, payload: bytes) -> None:
         self._pool.write(slot, payload)

@@ -60,7 +60,8 @@ class KvControl:
         self.sessions = Sessions()
         self.sleeper = Sleeper(cache, scheduler, port.give_back if port is not None else _nothing)
         self._cache, self._scheduler = cache, scheduler
-        self._block_bytes, self._clock = info.block_bytes, clock
+        self._block_bytes, self._vocab_size = info.block_bytes, info.vocab_size
+        self._clock = clock
         self._port, self._make_eviction = port, make_eviction
         self._reads: dict[BlockKey, Future[bytes | None]] = {}
 
@@ -189,6 +190,10 @@ class KvControl:
         }
 
     def _keys_of(self, salt: str, token_ids: list[int]) -> list[BlockKey]:
+        for token_id in token_ids:
+            if not 0 <= token_id < self._vocab_size:
+                fix = f"token ids must be in [0, {self._vocab_size})"
+                raise RequestError("prompt", token_id, fix)
         keys: list[BlockKey] = []
         root = self._cache.tree.root_key(salt)
         extend_keys(keys, root, token_ids, self._cache.block_size)
@@ -199,7 +204,7 @@ class KvControl:
     ) -> tuple[str, list[BlockKey]]:
         """The name that a pin of these blocks has, and the blocks."""
         if session_id is not None:
-            return f"session {tenant} {session_id}", self._session(tenant, session_id)[1]
+            return _session_pin(tenant, session_id), self._session(tenant, session_id)[1]
         keys = self._keys_of(salt, token_ids or [])
         if not keys:
             fix = f"is shorter than a block of {self._cache.block_size} tokens"
@@ -258,8 +263,9 @@ class KvControl:
         session_id: str | None = None,
     ) -> dict[str, Any]:
         """Let what a pin of the same prefix or session kept go its way."""
-        name = f"session {tenant} {session_id}"
-        if session_id is None:
+        if session_id is not None:
+            name = _session_pin(tenant, session_id)  # it may be forgotten, and is pinned still
+        else:
             name, _ = self._named(tenant, salt, token_ids, None)
         if not self._cache.keeps.unpin(name):
             raise NotFoundError("pin", name.partition(" ")[0], "is not pinned")
@@ -360,6 +366,11 @@ class KvControl:
 
 def _nothing() -> int:
     return 0
+
+
+def _session_pin(tenant: str, session_id: str) -> str:
+    """The name of a session's pin; no two tenants, whatever they are called, have the same."""
+    return f"session {(tenant, session_id)!r}"
 
 
 def _ready_tiers(block: Block) -> list[TierName]:

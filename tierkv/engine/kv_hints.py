@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,6 +11,7 @@ from tierkv.errors import RequestError
 
 MOST_PRIORITY = 100
 _MOST_SESSION_BYTES = 256
+_MOST_TTL_S = sys.float_info.max
 _TURNS = ("", "end", "tool_call")
 
 
@@ -82,7 +83,7 @@ Hints = KvHints | Mapping[str, Any] | None
 def check_ttl(value: Any, field: str) -> None:
     """Raise RequestError unless it is a time to live in seconds, or None."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is not None and not (is_number and math.isfinite(value) and value >= 0):
+    if value is not None and not (is_number and 0 <= value <= _MOST_TTL_S):
         raise RequestError(field, value, "must be a number of seconds of at least 0")
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from tierkv.engine.sampling_params import SamplingParams
-from tierkv.errors import InvariantError
+from tierkv.errors import InvariantError, RequestError
 from tierkv.server import kv_schemas, tenants
 from tierkv.server.bodies import parse_strictly
 from tierkv.server.context import ServerContext, read_body
@@ -71,7 +71,13 @@ class KvRoutes:
         with naming_fields_of(body):
             if body.messages is not None:
                 return await chat_reply(self._context, body, model).prompt_token_ids()
-            return await self._engine.tokenize(body.prompt or [])
+            token_ids = await self._engine.tokenize(body.prompt or [])
+        most = self._engine.info.max_model_len
+        if len(token_ids) > most:
+            fix = f"is longer than any request can be: max_model_len is {most}"
+            name = "prompt" if body.messages is None else "messages"
+            raise RequestError(name, f"<{len(token_ids)} tokens>", fix)
+        return token_ids
 
 
 class WarmReply:
@@ -86,12 +92,14 @@ class WarmReply:
     async def body(self) -> Json:
         """Computes, pins if that is wanted, and says where the prefix is."""
         body, who = self._body, tenants.caller()
-        hints = {"ttl": body.ttl, "priority": body.priority, "session_id": body.session_id}
+        # Of a pin, `ttl` says how long it holds; afterwards the blocks are like any other.
+        ttl = None if body.pin else body.ttl
+        hints = {"ttl": ttl, "priority": body.priority, "session_id": body.session_id}
         outputs = self._engine.generate(
             self._token_ids,
             SamplingParams(max_tokens=1, detokenize=False),
             cache_salt=body.cache_salt or "",
-            kv_hints=None if body.pin and body.session_id is None else hints,
+            kv_hints=hints,
         )
         num_reused = 0
         async with aclosing(outputs):
