@@ -76,6 +76,19 @@ class SessionBlock(NamedTuple):
     payload: bytes
 
 
+def most_file_bytes(block_size: int, block_bytes: int, num_tokens: int) -> int:
+    """The size that no file of a session of so many tokens exceeds."""
+    block = 1 + _BLOCK.size + TOKEN_BYTES * block_size + block_bytes
+    return (
+        _HEADER.size
+        + _MOST_FIELD_BYTES
+        + num_tokens // block_size * block
+        + 1
+        + _END.size
+        + _DIGEST_BYTES
+    )
+
+
 class SessionWriter:
     """Makes the bytes of a file, piece by piece."""
 
@@ -154,17 +167,22 @@ class SessionReader:
 def _parse(fields: bytes) -> SessionHeader:
     try:
         header = SessionHeader(**json.loads(fields))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         _refuse("is damaged in its header")
     sizes = header.block_size, header.block_bytes
     texts = header.model, header.layout, header.salt, header.session_id
-    if not all(type(text) is str for text in texts) or not all(map(_is_size, sizes)):
+    if not all(map(_is_text, texts)) or not all(map(_is_size, sizes)):
         _refuse("is damaged in its header")
     return header
 
 
+def _is_text(value: object) -> bool:
+    """Text that is Unicode: JSON can spell half of a surrogate pair."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
+
+
 def _is_size(value: object) -> bool:
-    return isinstance(value, int) and 0 < value <= _MOST_BYTES
+    return type(value) is int and 0 < value <= _MOST_BYTES
 
 
 def _refuse(what: str) -> NoReturn:

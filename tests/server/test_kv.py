@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 from live_app import LiveApp, live_app
 
 from tierkv.server.app import AppSettings
+from tierkv.server.kv_transfer import most_bytes
 from tierkv.server.tenants import Caller, Tenant
 
 KEY, ADMIN = "user-key", "admin-key"
@@ -125,6 +129,19 @@ def test_bad_requests_are_named(kv: LiveApp, path: str, fields: dict[str, Any], 
     assert name in response.json()["error"]["param"]
 
 
+@pytest.mark.parametrize("token_id", [-1, 259, 2**31, 2**32, 2**63, 10**30])
+@pytest.mark.parametrize("path", ["warm", "pin", "unpin", "ttl"])
+def test_token_ids_that_the_model_does_not_have(kv: LiveApp, path: str, token_id: int) -> None:
+    refused(call(kv, path, prompt=[token_id] * 32), 400)
+    assert kv.http.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["pin", "unpin", "ttl"])
+def test_a_prefix_longer_than_any_request(kv: LiveApp, path: str) -> None:
+    length = kv.engine.info.max_model_len + 1
+    assert "max_model_len" in refused(call(kv, path, prompt=[1] * length), 400)
+
+
 def test_another_model_is_404(kv: LiveApp) -> None:
     assert "other" in refused(call(kv, "warm", prompt=LONG, model="other"), 404)
 
@@ -202,6 +219,10 @@ def test_flush_returns_when_everything_has_arrived(kv: LiveApp) -> None:
     assert found == {"flushed": True, "moves": 0, "offers": 0, "erasures": 0}
     assert done(call(kv, "flush", ADMIN, timeout=5))["flushed"]
     assert "timeout" in refused(call(kv, "flush", ADMIN, timeout=-1), 400)
+    headers = {"Authorization": f"Bearer {ADMIN}"}
+    for parts, status in (([b'{"timeout"', b": -1}"], 400), ([b'{"timeout": 5}'], 200), ([], 200)):
+        response = kv.http.post("/kv/flush", content=iter(parts), headers=headers)
+        assert response.status_code == status, "its length comes last"
 
 
 def test_stats(kv: LiveApp) -> None:
@@ -294,6 +315,66 @@ def test_files_of_others_are_refused_with_what_differs(kv: LiveApp) -> None:
     ):
         other = data.replace(fields, fields.replace(old, new))
         assert f"another {name}" in refused(upload(kv, other), 409)
+
+
+HEADER: dict[str, Any] = {
+    **{"model": "m", "layout": "l", "block_size": 16, "block_bytes": 9216},
+    **{"salt": "", "session_id": "s"},
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"[" * 100_000,
+        json.dumps({**HEADER, "salt": "\ud800"}).encode(),
+        json.dumps({**HEADER, "session_id": "\udfff"}).encode(),
+        json.dumps({**HEADER, "session_id": "s" * 257}).encode(),
+        json.dumps({**HEADER, "block_size": 2**30, "block_bytes": 2**30}).encode(),
+        json.dumps({**HEADER, "block_size": True}).encode(),
+        json.dumps({**HEADER, "model": "m" * 100_000}).encode(),
+        b'{"block_size": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_headers_of_an_enemy(kv: LiveApp, fields: bytes) -> None:
+    data = b"TIERKVSF\x01\0\0\0" + len(fields).to_bytes(4, "little") + fields + bytes(100)
+    response = upload(kv, data)
+    assert response.status_code in (400, 409), response.text
+    assert len(response.text) < 1000
+    assert kv.http.get("/health").status_code == 200
+
+
+def test_a_file_that_no_session_could_fill_is_not_kept(kv: LiveApp) -> None:
+    info = kv.engine.info
+    most = most_bytes(info)
+    assert most > info.max_model_len // info.block_size * info.block_bytes
+    sent: list[int] = []
+
+    def parts() -> Iterator[bytes]:
+        for _ in range(most // 2**16 + 16):
+            sent.append(2**16)
+            yield bytes(2**16)
+
+    headers = {"Authorization": f"Bearer {ADMIN}"}
+    response = kv.http.post("/kv/import", content=parts(), headers=headers)
+    assert "over" in refused(response, 413)
+    assert sum(sent) > most
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_file(
+    kv: LiveApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    head = f"POST /kv/import HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ADMIN}\r\n"
+    host, port = kv.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(f"{head}Content-Length: 1000\r\n\r\nTIERKVSF".encode())
+        time.sleep(0.2)
+    counted = 'tierkv_http_requests_total{method="POST",route="/kv/import",status="499"} 1.0'
+    deadline = time.monotonic() + 60
+    while counted not in kv.http.get("/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert "Traceback" not in caplog.text
 
 
 def test_what_is_not_there_cannot_be_exported(kv: LiveApp) -> None:

@@ -7,7 +7,13 @@ import io
 import pytest
 
 from tierkv.errors import RequestError
-from tierkv.storage.session_file import SessionBlock, SessionHeader, SessionReader, SessionWriter
+from tierkv.storage.session_file import (
+    SessionBlock,
+    SessionHeader,
+    SessionReader,
+    SessionWriter,
+    most_file_bytes,
+)
 
 HEADER = SessionHeader("aa" * 16, "bb" * 16, block_size=2, block_bytes=5, salt="tenant:x ü")
 
@@ -34,6 +40,13 @@ def read(data: bytes) -> tuple[SessionHeader, list[SessionBlock]]:
 def test_what_is_written_is_read() -> None:
     assert read(written()) == (HEADER, BLOCKS)
     assert read(written([])) == (HEADER, [])
+
+
+def test_no_file_is_larger_than_its_tokens_say() -> None:
+    size, num_bytes = HEADER.block_size, HEADER.block_bytes
+    assert len(written()) <= most_file_bytes(size, num_bytes, 6)
+    no_block = most_file_bytes(size, num_bytes, 1)
+    assert most_file_bytes(size, num_bytes, 7) - no_block == 3 * (49 + 8 + 5)
 
 
 def test_it_begins_where_the_file_stands() -> None:
@@ -103,7 +116,10 @@ def test_other_files_are_no_session() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [b"[]", b"{}", b'{"model": 1}', b"\xff", b'{"model": "", "layout": "", "block_size": 0, '
+    [b"[]", b"{}", b'{"model": 1}', b"\xff", b"[" * 50_000, b'{"a":' * 50_000, b"9" * 5000,
+     b'{"model": "", "layout": "", "block_size": 1, "block_bytes": 1, "salt": "\\ud800"}',
+     b'{"model": "", "layout": "", "block_size": true, "block_bytes": 1, "salt": ""}',
+     b'{"model": "", "layout": "", "block_size": 0, '
      b'"block_bytes": 1, "salt": ""}', b'{"model": "", "layout": "", "block_size": 1, '
      b'"block_bytes": 1099511627776, "salt": ""}'],
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from tierkv import __version__
 from tierkv.engine.async_llm import AsyncLLM
@@ -55,6 +56,7 @@ def make_app(engine: AsyncLLM, settings: AppSettings) -> FastAPI:
         app.add_exception_handler(kind, errors.on_error)
     app.add_exception_handler(RequestValidationError, errors.on_validation_error)
     app.add_exception_handler(HTTPException, errors.on_http_error)
-    app.add_exception_handler(ClientGone, errors.on_client_gone)
+    for gone in (ClientGone, ClientDisconnect):
+        app.add_exception_handler(gone, errors.on_client_gone)
     app.add_exception_handler(Exception, errors.on_bug)
     return app

@@ -222,17 +222,25 @@ async def read_body(request: Request) -> bytes:
     kind = request.headers.get("content-type", JSON_TYPE)
     if kind.partition(";")[0].strip().lower() != JSON_TYPE:
         raise HTTPException(415, f"Content-Type={kind[:80]!r}: must be {JSON_TYPE}")
-    too_large = HTTPException(413, f"the body is over {MAX_BODY_BYTES} bytes")
+    return b"".join([part async for part in body_parts(request, MAX_BODY_BYTES)])
+
+
+async def body_parts(request: Request, most: int) -> AsyncGenerator[bytes, None]:
+    """The body as it comes, up to `most` bytes.
+
+    Raises:
+        HTTPException: it is larger.
+    """
+    too_large = HTTPException(413, f"the body is over {most} bytes")
     length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > MAX_BODY_BYTES:
+    if length.isdecimal() and int(length) > most:
         raise too_large
-    parts, size = [], 0
+    size = 0
     async for part in request.stream():
         size += len(part)
-        if size > MAX_BODY_BYTES:
+        if size > most:
             raise too_large
-        parts.append(part)
-    return b"".join(parts)
+        yield part
 
 
 async def prepend(

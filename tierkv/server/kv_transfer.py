@@ -10,12 +10,20 @@ from typing import Any, BinaryIO
 from tierkv.cache.hashing import TOKEN_BYTES, block_key, root_key
 from tierkv.engine.async_llm import AsyncLLM
 from tierkv.engine.core import EngineInfo
+from tierkv.engine.kv_hints import check_session
 from tierkv.errors import ConflictError, RequestError
 from tierkv.server.replies import Json
-from tierkv.storage.session_file import SessionBlock, SessionHeader, SessionReader, SessionWriter
+from tierkv.storage.session_file import (
+    SessionBlock,
+    SessionHeader,
+    SessionReader,
+    SessionWriter,
+    most_file_bytes,
+)
 
 _PATIENCE_S = 30.0  # with a block that cannot be read or has no room
 _PAUSE_S = 0.005
+_MOST_SHOWN = 64  # characters of what a file says
 
 
 def header_of(info: EngineInfo, salt: str, session_id: str) -> SessionHeader:
@@ -61,6 +69,11 @@ async def _patiently(engine: AsyncLLM, name: str, *arguments: Any) -> Any:
         await asyncio.sleep(_PAUSE_S)
 
 
+def most_bytes(info: EngineInfo) -> int:
+    """Of a file with the longest session that this server could have made."""
+    return most_file_bytes(info.block_size, info.block_bytes, info.max_model_len)
+
+
 def check(file: BinaryIO, info: EngineInfo) -> SessionHeader:
     """Read a file to its end, and see that this server may use all of it.
 
@@ -71,11 +84,13 @@ def check(file: BinaryIO, info: EngineInfo) -> SessionHeader:
     file.seek(0)
     reader = SessionReader(file)
     header = reader.header
+    check_session(header.session_id, "file.session_id")
     ours = header_of(info, header.salt, header.session_id)
     for name in ("model", "layout", "block_size", "block_bytes"):
         theirs, own = getattr(header, name), getattr(ours, name)
         if theirs != own:
-            fix = f"is of another {name} ({theirs}; this server has {own}); nothing of it was used"
+            shown = str(theirs)[:_MOST_SHOWN]
+            fix = f"is of another {name} ({shown}; this server has {own}); nothing of it was used"
             raise ConflictError("file", "<session>", fix)
     parent = root_key(info.fingerprint, header.salt)
     for block in reader.blocks():

@@ -17,8 +17,8 @@ from starlette.requests import Request
 from tierkv.engine.kv_hints import check_session
 from tierkv.errors import ConflictError, RequestError
 from tierkv.server import kv_schemas, kv_transfer, tenants
-from tierkv.server.bodies import check_body, parse_strictly
-from tierkv.server.context import ServerContext, read_body
+from tierkv.server.bodies import parse_strictly
+from tierkv.server.context import ServerContext, body_parts, read_body
 from tierkv.server.kv_body import WaitBody
 from tierkv.server.openapi import BODY_ERRORS, operation
 from tierkv.server.replies import Json
@@ -58,10 +58,12 @@ class KvAdminRoutes:
         self, request: Request, tenant: Annotated[str | None, Query()] = None
     ) -> Response:
         """Load the file of a session, or, if anything is wrong with it, nothing of it."""
+        most = kv_transfer.most_bytes(self._engine.info)
         with tempfile.TemporaryFile(prefix="tierkv-import-") as file:
             try:
-                async for part in request.stream():
+                async for part in body_parts(request, most):
                     await asyncio.to_thread(file.write, part)
+                await asyncio.to_thread(file.flush)
             except OSError as error:
                 raise HTTPException(507, f"the file cannot be kept: {error.strerror}") from None
             return JSONResponse(await kv_transfer.take_in(self._engine, file, owner_of(tenant)))
@@ -113,12 +115,10 @@ class KvAdminRoutes:
         return True
 
     async def _wait_body(self, request: Request) -> WaitBody:
-        is_empty = request.headers.get("content-length", "0") == "0"
-        return (
-            check_body({}, WaitBody)
-            if is_empty
-            else parse_strictly(await read_body(request), WaitBody)
-        )
+        if request.headers.get("content-length") == "0":
+            return WaitBody()
+        raw = await read_body(request)
+        return parse_strictly(raw, WaitBody) if raw else WaitBody()
 
 
 def owner_of(tenant: str | None) -> str:
