@@ -105,12 +105,20 @@ def test_an_empty_yaml_file_sets_nothing(tmp_path: Path) -> None:
         ("- count", "config", "must map option names"),
         ("1: 2", "config", "must map option names"),
         ("a: [", "config", "is not YAML"),
+        ("count: 1\nsize: 2\ncount: 3", "config", "count is given again in line 3"),
+        ("is-quick: true\nis_quick: false", "config", "gives an option twice"),
     ],
 )
 def test_bad_yaml_names_the_option(tmp_path: Path, text: str, name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         parse("--config", write(tmp_path / "bad.yaml", text))
     assert caught.value.option == name
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_bytes(b"count: \xff")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        parse("--config", str(tmp_path / "bad.yaml"))
 
 
 def test_a_missing_yaml_file_is_named(tmp_path: Path) -> None:

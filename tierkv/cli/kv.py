@@ -21,15 +21,15 @@ from typing import Any, BinaryIO
 
 from tierkv.cli.options import CommandError, Parser
 from tierkv.cli.plan import size_text, table
-from tierkv.cli.serve import KEY_VARIABLE
-from tierkv.cli.top import checked_url
+from tierkv.cli.serve import ADMIN_KEY_VARIABLE, KEY_VARIABLE
+from tierkv.cli.top import checked_key, checked_url
 
 EXAMPLES = """\
 examples:
   tierkv kv stats
   tierkv kv warm --prompt-file manual.txt --pin
   tierkv kv ttl --session-id job-7 --ttl 60
-  tierkv kv export --session-id job-7 --output job-7.tierkv --api-key ADMIN_KEY
+  TIERKV_ADMIN_API_KEY=... tierkv kv export --session-id job-7 --output job-7.tierkv
 """
 TIMEOUT_S = 3700.0  # the server waits for an hour at most
 Json = dict[str, Any]
@@ -201,6 +201,17 @@ ACTIONS: dict[str, Callable[[Server, argparse.Namespace], None]] = {
 }
 
 
+ADMINS = ("flush", "export", "import", "sleep", "wake")
+"""Actions for which the server wants the key of an administrator."""
+
+
+def key_for(namespace: argparse.Namespace) -> str | None:
+    """The key that was given, else the one in the environment that the action needs."""
+    names = (ADMIN_KEY_VARIABLE, KEY_VARIABLE) if namespace.ACTION in ADMINS else (KEY_VARIABLE,)
+    found = [namespace.api_key, *map(os.environ.get, names)]
+    return checked_key(next((key for key in found if key), None))
+
+
 def prefix_fields(namespace: argparse.Namespace) -> Json:
     """The fields that name a prefix."""
     fields = given(namespace, "prompt", "session_id", "cache_salt")
@@ -232,8 +243,9 @@ def make_parser() -> Parser:
     parser.add_argument("ACTION", choices=ACTIONS, help=", ".join(ACTIONS))
     parser.add_argument("FILE", nargs="?", help="what to import")
     address = "http://127.0.0.1:8000"
+    about_keys = f"also in ${KEY_VARIABLE}; for administrators in ${ADMIN_KEY_VARIABLE}"
     parser.add_argument("--url", default=address, help=f"the server's address (default: {address})")
-    parser.add_argument("--api-key", metavar="KEY", help=f"also in ${KEY_VARIABLE}")
+    parser.add_argument("--api-key", metavar="KEY", help=about_keys)
     parser.add_argument("--prompt", metavar="TEXT", help="the prefix")
     parser.add_argument("--prompt-file", metavar="FILE", help="a file with the prefix")
     parser.add_argument("--messages", metavar="FILE.json", help="a conversation as the prefix")
@@ -250,7 +262,7 @@ def make_parser() -> Parser:
 
 def run(namespace: argparse.Namespace) -> int:
     """Ask the server; the status is 1 when it refuses."""
-    server = Server(namespace.url, namespace.api_key or os.environ.get(KEY_VARIABLE))
+    server = Server(namespace.url, key_for(namespace))
     ACTIONS[namespace.ACTION](server, namespace)
     sys.stdout.flush()
     return 0

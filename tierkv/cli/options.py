@@ -14,7 +14,7 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -191,15 +191,31 @@ def load_yaml(path: str) -> dict[str, Any]:
         ConfigError: no such file, not YAML, or not a mapping of names to values.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), OnceLoader)
     except OSError as error:
         raise ConfigError("config", path, f"cannot read it: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError("config", path, f"is not YAML: {error}") from None
     values = {} if values is None else values
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ConfigError("config", path, "must map option names to values")
-    return {name.replace("-", "_"): value for name, value in values.items()}
+    found = {name.replace("-", "_"): value for name, value in values.items()}
+    if len(found) < len(values):
+        raise ConfigError("config", path, "gives an option twice, with dashes and underscores")
+    return found
+
+
+class OnceLoader(yaml.SafeLoader):
+    """A key that comes twice is an error: the second would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in names:
+                where = f"{key.value} is given again in line {key.start_mark.line + 1}"
+                raise yaml.constructor.ConstructorError(problem=where)
+            names.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def check_types(values: Mapping[str, Any], owners: Iterable[type]) -> None:

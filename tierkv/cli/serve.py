@@ -118,8 +118,8 @@ def read_template(value: str) -> str:
         return value
     try:
         return Path(value).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        fix = f"is no template, and as a file: {error.strerror}"
+    except (OSError, ValueError) as error:
+        fix = f"is no template, and as a file: {getattr(error, 'strerror', error)}"
         raise ConfigError("chat_template", value, fix) from None
 
 

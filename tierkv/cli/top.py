@@ -115,7 +115,8 @@ def make_parser() -> Parser:
 
 def run(namespace: argparse.Namespace) -> int:
     """Watch until Ctrl-C; with `--once`, print one frame."""
-    source = Source(checked_url(namespace.url), namespace.api_key or os.environ.get(KEY_VARIABLE))
+    key = checked_key(namespace.api_key or os.environ.get(KEY_VARIABLE))
+    source = Source(checked_url(namespace.url), key)
     if not 0.1 <= namespace.interval <= 3600:
         raise ConfigError("interval", namespace.interval, "must be from 0.1 to 3600 seconds")
     has_color = sys.stdout.isatty() and not namespace.no_color and not os.environ.get("NO_COLOR")
@@ -139,6 +140,19 @@ def checked_url(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.netloc:
         raise ConfigError("url", url, "give an address such as http://127.0.0.1:8000")
     return f"{parts.scheme}://{parts.netloc}{parts.path}".rstrip("/").removesuffix("/dashboard")
+
+
+def checked_key(key: str | None) -> str | None:
+    """The key, as HTTP can carry it.
+
+    Raises:
+        CommandError: it cannot.
+    """
+    if key and not (key.isascii() and key.isprintable()):
+        raise CommandError(
+            "the API key holds characters that HTTP cannot carry: check for a copy that went wrong"
+        )
+    return key or None
 
 
 def style_of(out: TextIO, *, has_color: bool) -> Style:
