@@ -295,7 +295,7 @@ BAD_BODIES: list[tuple[str, Any, int, str | None]] = [
     ("completions", {"prompt": "x", "max_tokens": 0}, 400, "max_tokens"),
     ("completions", {"prompt": "x", "min_tokens": 20}, 400, "min_tokens"),
     ("completions", {"prompt": "x", "logprobs": 5000}, 400, "logprobs"),
-    ("completions", {"prompt": "x", "stop": [1]}, 400, "stop"),
+    ("completions", {"prompt": "x", "stop": [1]}, 400, "stop[0]"),
     ("completions", {"prompt": "x", "stop": ""}, 400, "stop"),
     ("completions", {"prompt": "x", "logit_bias": {"x": 1}}, 400, "logit_bias"),
     ("completions", {"prompt": "x", "logit_bias": {"9999": 1}}, 400, "logit_bias"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from tierkv.engine.async_llm import AsyncLLM
+from tierkv.engine.grammar_params import StructuredOutputsParams
 from tierkv.engine.sampling_params import SamplingParams
 from tierkv.errors import RequestError
 from tierkv.server.fields import NOT_SERVED
@@ -65,8 +66,33 @@ def test_every_sampling_field_arrives() -> None:
 
 def test_null_means_not_given() -> None:
     names = [*CompletionBody.model_fields, *NOT_SERVED]
-    nulls = {name: None for name in names if name not in ("prompt", "priority")}
+    nulls = {name: None for name in names if name != "prompt"}
     assert completion(**nulls).params() == SamplingParams(max_tokens=16)
+    assert completion(**nulls).priority == 0
+
+
+def test_what_identifies_the_caller_is_taken() -> None:
+    given = {"user": "u", "safety_identifier": "s", "prompt_cache_key": "k"}
+    assert chat(**given, metadata={"run": "1"}).params() == chat().params()
+
+
+def test_prompt_logprobs_are_not_streamed_by_chats() -> None:
+    with pytest.raises(RequestError, match="needs stream=false") as caught:
+        chat(prompt_logprobs=1, stream=True)
+    assert caught.value.field == "prompt_logprobs"
+
+
+def test_a_schema_must_be_meant() -> None:
+    schema = {"name": "x", "schema": {}}
+    with pytest.raises(RequestError, match="must be json_schema") as caught:
+        chat(response_format={"type": "json_object", "json_schema": schema})
+    assert caught.value.field == "response_format.type"
+
+
+def test_vllm_s_structured_outputs_with_all_their_fields() -> None:
+    empty = {"json": None, "choice": None, "whitespace_pattern": None, "disable_fallback": False}
+    body = completion(structured_outputs={**empty, "regex": "a"})
+    assert body.params().structured_outputs == StructuredOutputsParams(regex="a")
 
 
 @pytest.mark.parametrize("name", NOT_SERVED)

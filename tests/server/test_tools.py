@@ -15,7 +15,7 @@ from tierkv.errors import RequestError
 from tierkv.server.parsing import parse_body
 from tierkv.server.protocol import ChatBody
 from tierkv.server.tools_plan import ToolPlan, plan_tools
-from tierkv.server.tools_prompt import prompt_with_tools, template_text
+from tierkv.server.tools_prompt import prompt_with_tools, template_text, with_known_roles
 from tierkv.server.tools_reply import ToolTurn
 
 USER = {"role": "user", "content": "hi"}
@@ -59,6 +59,9 @@ def plan(body: ChatBody, parser: str | None = "hermes", is_auto_enabled: bool = 
 # -- the body --------------------------------------------------------------------------------------
 
 
+PARAMETERS_TYPE = "tools[0].function.parameters.type"
+
+
 def function(**fields: Any) -> list[dict[str, Any]]:
     return [{"type": "function", "function": fields}]
 
@@ -70,6 +73,7 @@ def function(**fields: Any) -> list[dict[str, Any]]:
         ({"tools": function()}, "tools[0].function.name"),
         ({"tools": function(name="a b")}, "tools[0].function.name"),
         ({"tools": function(name="f", parameters=[])}, "tools[0].function.parameters"),
+        ({"tools": function(name="f", parameters={"type": "string"})}, PARAMETERS_TYPE),
         ({"tools": [STOP, STOP]}, "tools[1].function.name"),
         ({"tools": [WEATHER], "tool_choice": NAMED}, "tool_choice.function.name"),
         ({"tools": [STOP], "tool_choice": {"type": "function"}}, "tool_choice.function"),
@@ -108,7 +112,11 @@ def test_messages_of_calls_and_results_reach_the_template() -> None:
     assert called["content"] == ""
     assert called["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
     assert given == result
-    bad = {**CALL, "function": {"name": "f", "arguments": "{"}}
+
+
+@pytest.mark.parametrize("arguments", ["{", "[1]", "null", '"x"'])
+def test_arguments_of_earlier_calls_are_objects(arguments: str) -> None:
+    bad = {**CALL, "function": {"name": "f", "arguments": arguments}}
     body = chat(messages=[USER, {"role": "assistant", "tool_calls": [bad]}])
     with pytest.raises(RequestError) as caught:
         body.template_input()
@@ -171,6 +179,10 @@ def test_grammars_of_forced_calls() -> None:
     named = chat(**both, tool_choice={**NAMED, "function": {"name": "get_weather"}})
     assert accepts(named, '{"city": "Rome"}')
     assert not accepts(named, "{}")
+    odd = function(name="f", parameters={"x-guidance": 5, "properties": {"a": {"const": 1}}})
+    assert accepts(
+        chat(tools=odd, tool_choice="required"), '[{"name": "f", "arguments": {"a": 1}}]'
+    )
     compiler.close()
 
 
@@ -240,6 +252,21 @@ def test_words_for_forced_calls_and_for_none() -> None:
     assert system(tool_choice="none") == ""
 
 
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        (PLAIN_TEMPLATE, "system"),
+        ("{% if m.role == 'developer' %}", "developer"),
+        (None, "developer"),
+    ],
+)
+def test_developers_are_the_system_for_templates_that_do_not_know_them(
+    template: str | None, role: str
+) -> None:
+    messages = [{"role": "developer", "content": "a"}, USER]
+    assert with_known_roles(messages, template) == [{"role": role, "content": "a"}, USER]
+
+
 def test_without_tools_and_calls_nothing_changes() -> None:
     assert prompt_with_tools([USER], plan(chat()), PLAIN_TEMPLATE) == ([USER], [])
 
@@ -275,7 +302,7 @@ def test_forced_calls_need_no_parser(app: LiveApp) -> None:
 
 
 def test_a_schema_that_does_not_compile_is_400(app: LiveApp) -> None:
-    bad = function(name="f", parameters={"type": "objec"})
+    bad = function(name="f", parameters={"properties": {"x": {"type": "objec"}}})
     for choice in ("required", {"type": "function", "function": {"name": "f"}}):
         response = app.post("chat/completions", messages=[USER], tools=bad, tool_choice=choice)
         assert response.status_code == 400

@@ -51,14 +51,15 @@ class StructuredOutputsParams:
         """Build from a plain dict (a wire message, a request's body).
 
         Raises:
-            RequestError: an unknown name, or what the constructor refuses.
+            RequestError: an unknown name, unless it asks for nothing (None, False), or what the
+                constructor refuses.
         """
         known = {f.name for f in fields(cls)}
-        for name in values:
-            if name not in known:
+        for name, value in values.items():
+            if name not in known and value is not None and value is not False:
                 fix = f"is not served: give one of {', '.join(sorted(known))}"
-                raise RequestError(f"{FIELD}.{name}", values[name], fix)
-        return cls(**values)
+                raise RequestError(f"{FIELD}.{name}", value, fix)
+        return cls(**{name: value for name, value in values.items() if name in known})
 
     def spec(self) -> tuple[str, str]:
         """The name of the field that is given, and its value as text."""

@@ -7,17 +7,42 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, ValidationError, model_validator
 
 from tierkv.errors import RequestError
-from tierkv.server.fields import HintsBody
+from tierkv.server.fields import (
+    LIST,
+    TEXT,
+    HintsBody,
+    Model,
+    Stop,
+    TextOrList,
+    Whole,
+    is_neutral,
+    text_or_list,
+)
 from tierkv.server.parsing import parse_object, place, request_error, unknown_field
 from tierkv.server.protocol import ChatBody
 
-TEXT, LIST = "<text>", "<list>"
-"""Tags of what may be text or a list."""
+__all__ = [
+    "LIST",
+    "TEXT",
+    "MappedBody",
+    "Part",
+    "Refusal",
+    "SamplingBody",
+    "Stop",
+    "TextOrList",
+    "Whole",
+    "by_field",
+    "by_type",
+    "chat_body",
+    "check_body",
+    "parse_strictly",
+    "text_or_list",
+]
 
 WRONG_KIND = "wrong kind by "
 WORDS = {
@@ -34,22 +59,8 @@ WORDS = {
 M = TypeVar("M", bound=BaseModel)
 
 
-class Part(BaseModel):
-    """A piece of a body: strict types, and no unknown fields unless they say nothing (null)."""
-
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        json_schema_extra={"additionalProperties": {"type": "null"}},
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def drop_nulls(cls, values: Any) -> Any:
-        """Leave out null fields: clients send back what they got, with every field they know."""
-        if not isinstance(values, dict):
-            return values
-        return {name: value for name, value in values.items() if value is not None}
+class Part(Model):
+    """A piece of a body."""
 
 
 class Refusal:
@@ -59,21 +70,8 @@ class Refusal:
         self.fix, self.neutral = fix, neutral
 
     def lets_pass(self, value: Any) -> bool:
-        """Whether the value asks for nothing; in Python, 0 equals False."""
-        return any(value == known and type(value) is type(known) for known in self.neutral)
-
-
-def text_or_list(value: Any) -> str | None:
-    """The tag of a value that may be text or a list."""
-    return TEXT if isinstance(value, str) else LIST if isinstance(value, list) else None
-
-
-TextOrList = Discriminator(
-    text_or_list, custom_error_type="text_or_list", custom_error_message="text or a list"
-)
-
-
-Stop = Annotated[Annotated[str, Tag(TEXT)] | Annotated[list[str], Tag(LIST)], TextOrList]
+        """Whether the value asks for nothing."""
+        return is_neutral(value, self.neutral)
 
 
 class MappedBody(Part):
@@ -119,17 +117,17 @@ class SamplingBody(MappedBody):
 
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    seed: int | None = None
-    stop_token_ids: list[int] | None = None
+    seed: Whole | None = None
+    stop_token_ids: list[Whole] | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
+    min_tokens: Whole | None = None
     logit_bias: dict[str, float] | None = None
-    priority: int | None = None
+    priority: Whole | None = None
     cache_salt: str | None = None
     kv_hints: HintsBody | None = None
 

@@ -30,7 +30,7 @@ from tierkv.server.replies import (
 )
 from tierkv.server.streams import Outputs, collect, merge
 from tierkv.server.tools_plan import plan_tools
-from tierkv.server.tools_prompt import prompt_with_tools, template_text
+from tierkv.server.tools_prompt import prompt_with_tools, template_text, with_known_roles
 from tierkv.server.tools_reply import ToolTurn, whole_message
 from tierkv.types import PositionLogprobs
 
@@ -221,8 +221,9 @@ class ChatReply:
             options["continue_final_message"] = True
         options["add_generation_prompt"] = self._body.add_generation_prompt
         options["chat_template"] = self._template
+        template = template_text(self._engine.tokenizer, self._template)
         messages, tools = prompt_with_tools(
-            self._messages, self._plan, template_text(self._engine.tokenizer, self._template)
+            with_known_roles(self._messages, template), self._plan, template
         )
         return messages, {**options, "tools": tools} if tools else options
 

@@ -16,11 +16,13 @@ from tierkv.server.bodies import (
     Refusal,
     SamplingBody,
     TextOrList,
+    Whole,
     by_field,
     by_type,
 )
 from tierkv.server.conversation import Conversation
 from tierkv.server.replies import Json
+from tierkv.server.tools_body import FunctionName, Parameters
 
 
 class CacheControl(Part):
@@ -121,9 +123,9 @@ class ClientTool(Part):
     """A tool that the model may call."""
 
     type: Literal["custom"] | None = None
-    name: str
+    name: FunctionName
     description: str | None = None
-    input_schema: dict[str, Any]
+    input_schema: Parameters
     strict: bool | None = None
     cache_control: CacheControl | None = None
 
@@ -262,7 +264,7 @@ class PromptBody(MappedBody):
 class MessagesBody(PromptBody, SamplingBody):
     """Body of `/v1/messages`, with sampling fields of completions as extras."""
 
-    max_tokens: int
+    max_tokens: Whole
     stop_sequences: list[str] | None = None
     metadata: Metadata | None = None
     stream: bool | None = None

@@ -6,6 +6,7 @@ routes declare them with `operation`, and `DocumentedApp` makes components of th
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -15,8 +16,8 @@ from pydantic.json_schema import JsonSchemaMode
 
 from tierkv.errors import InvariantError
 from tierkv.server import schemas
-from tierkv.server.bodies import MappedBody, Part
-from tierkv.server.fields import NEUTRAL
+from tierkv.server.bodies import MappedBody
+from tierkv.server.fields import NEUTRAL, Model
 from tierkv.server.protocol import CompletionBody, GenerationBody
 from tierkv.server.replies import Json
 
@@ -51,6 +52,7 @@ COUNT = {"minimum": 1, "maximum": 2**63 - 1}
 LOGPROBS = {"minimum": 0, "maximum": 1024}
 BOUNDS: dict[str, Json] = {
     "n": {"minimum": 1, "maximum": 1024},
+    "best_of": {"minimum": 1, "maximum": 1024},
     "temperature": {"minimum": 0, "maximum": 100},
     "top_p": {"exclusiveMinimum": 0, "maximum": 1},
     "top_k": {"minimum": -1, "maximum": 2**63 - 1},
@@ -67,12 +69,14 @@ BOUNDS: dict[str, Json] = {
     "logprobs": LOGPROBS,
     "top_logprobs": LOGPROBS,
     "prompt_logprobs": LOGPROBS,
+    "length_penalty": {"minimum": -100, "maximum": 100},
 }
 """What `SamplingParams` takes, by field."""
 
 
 TEXT: Json = {"type": "string", "minLength": 1}
-TOKEN_IDS: Json = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+TOKEN_ID: Json = {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}
+TOKEN_IDS: Json = {"type": "array", "minItems": 1, "items": TOKEN_ID}
 PROMPT: Json = {
     "title": "Prompt",
     "anyOf": [
@@ -82,6 +86,22 @@ PROMPT: Json = {
     ],
 }
 """The forms of a completion's prompt."""
+
+SHAPES: dict[str, dict[str, Json]] = {
+    "stop": {"string": TEXT, "array": {"items": TEXT}},
+    "stop_sequences": {"array": {"items": TEXT}},
+    "stop_token_ids": {"array": {"items": TOKEN_ID}},
+    "allowed_token_ids": {"array": TOKEN_IDS},
+    "tokens": {"array": {"items": TOKEN_ID}},
+    "logit_bias": {"object": {"propertyNames": {"pattern": "^[0-9]{1,18}$"}}},
+    "truncate_prompt_tokens": {
+        "integer": {"minimum": -1, "maximum": 2**63 - 1, "not": {"const": 0}}
+    },
+    "guided_regex": {"string": TEXT},
+    "guided_grammar": {"string": TEXT},
+    "guided_choice": {"array": {"minItems": 1}},
+}
+"""What is checked of a field's value by those who use it, by the value's type."""
 
 
 def ref(model: type[BaseModel]) -> Json:
@@ -95,9 +115,13 @@ def as_json(*models: type[BaseModel]) -> Json:
     return {"application/json": {"schema": refs[0] if len(refs) == 1 else {"oneOf": refs}}}
 
 
-def as_events(model: type[BaseModel]) -> Json:
-    """A stream of server-sent events whose data is the model as JSON."""
-    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": ref(model)}
+def as_events(*models: type[BaseModel], last: str | None = None) -> Json:
+    """A stream of server-sent events whose data is one of the models as JSON, or at last a word."""
+    refs = [ref(model) for model in models]
+    content = refs[0] if len(refs) == 1 else {"anyOf": refs}
+    data: Json = {"type": "string", "contentMediaType": "application/json"}
+    data["contentSchema"] = content
+    data = {"anyOf": [data, {"const": last}]} if last else data
     properties = {"event": {"type": "string"}, "data": data}
     item = {"type": "object", "required": ["data"], "properties": properties}
     return {"text/event-stream": {"itemSchema": item}}
@@ -106,7 +130,7 @@ def as_events(model: type[BaseModel]) -> Json:
 @cache
 def model_schemas(model: type[BaseModel]) -> Json:
     """The model's schema and those that it refers to, by name."""
-    is_body = issubclass(model, (GenerationBody, Part))
+    is_body = issubclass(model, Model)
     mode: JsonSchemaMode = "validation" if is_body else "serialization"
     schema = model.model_json_schema(ref_template=REF, mode=mode)
     inner: Json = schema.pop("$defs", {})
@@ -121,6 +145,7 @@ def operation(
     body: type[BaseModel] | tuple[type[BaseModel], ...] = (),
     reply: type[BaseModel] | None = None,
     event: type[BaseModel] | None = None,
+    last_event: str | None = None,
     error: type[BaseModel] = schemas.Error,
     errors: tuple[int, ...] = (),
     is_keyed: bool = False,
@@ -132,7 +157,9 @@ def operation(
         tag: the API that it belongs to.
         body: what it takes, in one of several forms; none for nothing.
         reply: what it answers, None for an empty response.
-        event: what it streams, if it does.
+        event: what it streams, if it does; errors are among the events.
+        last_event: what it streams at last, unless it is an event like the others. Errors are then
+            of the form of `error`.
         error: the form of its errors.
         errors: their statuses, besides those about keys.
         is_keyed: it asks for the API key, if there is one.
@@ -140,15 +167,18 @@ def operation(
     """
     is_keyed = is_keyed or is_admin
     errors = (*errors, *((401,) if is_keyed else ()), *((403,) if is_admin else ()))
-    content = (as_json(reply) if reply else {}) | (as_events(event) if event else {})
+    content = as_json(reply) if reply else {}
+    if event:
+        models = (event, error) if last_event else (event,)
+        content |= as_events(*models, last=last_event)
     responses: dict[int, Json] = {
         200: {"description": "Done.", **({"content": content} if content else {})}
     }
     for status in errors:
         responses[status] = {"description": STATUSES[status], "content": as_json(error)}
     bodies = body if isinstance(body, tuple) else (body,)
-    models = [model for model in (*bodies, reply, event, error if errors else None) if model]
-    extra: Json = {COMPONENTS: [model_schemas(model) for model in models], ADMIN: is_admin}
+    used = [model for model in (*bodies, reply, event, error if errors else None) if model]
+    extra: Json = {COMPONENTS: [model_schemas(model) for model in used], ADMIN: is_admin}
     if is_keyed:
         extra["security"] = [{name: []} for name in SECURITY]
     if bodies:
@@ -217,10 +247,11 @@ def collect(operations: list[Json]) -> Json:
 def describe_body(schema: Json, body: type[BaseModel]) -> None:
     """Add what pydantic does not know of a body: ranges, and what is neutral."""
     properties = schema["properties"]
-    for name, bounds in BOUNDS.items():
-        for kind in properties.get(name, {}).get("anyOf", [properties.get(name, {})]):
-            if kind.get("type") in ("integer", "number"):
-                kind |= bounds
+    for name, found in properties.items():
+        for kind in kinds(found):
+            if name in BOUNDS and kind["type"] in ("integer", "number"):
+                kind |= BOUNDS[name]
+            kind |= SHAPES.get(name, {}).get(kind["type"], {})
     if properties.get("messages", {}).get("type") == "array":
         properties["messages"]["minItems"] = 1
     if body is CompletionBody:
@@ -228,7 +259,15 @@ def describe_body(schema: Json, body: type[BaseModel]) -> None:
         properties["prompt"], schema["required"] = PROMPT, ["prompt"]
     for name, (values, fix) in neutral_fields(body).items():
         properties.setdefault(name, {"enum": [None, *values], "description": fix})
-    schema["additionalProperties"] = {"type": "null"}
+
+
+def kinds(schema: Json) -> Iterator[Json]:
+    """The schemas of the types that a value may have."""
+    inner = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    if not inner and "type" in schema:
+        yield schema
+    for one in inner:
+        yield from kinds(one)
 
 
 def neutral_fields(body: type[BaseModel]) -> dict[str, tuple[list[Any], str]]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+import re
+from collections.abc import Iterator
 from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -15,6 +18,11 @@ Body = TypeVar("Body", bound=BaseModel)
 
 MAX_DEPTH = 100
 """Objects and lists within each other in a request."""
+
+_MAYBE_LARGE = re.compile(rb"[0-9.][eE]\+?[0-9]{2}|[0-9]{309}")
+"""What a number has that is larger than any float."""
+
+Place = tuple[int | str, ...]
 
 
 def parse_body(raw: bytes, body: type[Body]) -> Body:
@@ -43,6 +51,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RequestError("body", values, "must be a JSON object")
     refuse_deep_nesting(raw, values)
+    refuse_infinity(raw, values)
     refuse_half_characters(raw, values)
     return values
 
@@ -61,6 +70,27 @@ def refuse_deep_nesting(raw: bytes, values: dict[str, Any]) -> None:
 def refuse_constant(name: str) -> NoReturn:
     """JSON has no NaN and no Infinity, though Python's parser takes them."""
     raise ValueError(f"{name} is not a JSON value")
+
+
+def refuse_infinity(raw: bytes, values: dict[str, Any]) -> None:
+    """Python reads 1e999 as infinity, which JSON cannot say again."""
+    if _MAYBE_LARGE.search(raw) is None:
+        return
+    for where, number in floats(values, ()):
+        if math.isinf(number):
+            raise RequestError(place(where), number, "is larger than any number")
+
+
+def floats(value: Any, where: Place) -> Iterator[tuple[Place, float]]:
+    """The floats inside a value, each with its place."""
+    if isinstance(value, float):
+        yield where, value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from floats(item, (*where, name))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from floats(item, (*where, number))
 
 
 def refuse_half_characters(raw: bytes, values: dict[str, Any]) -> None:
@@ -97,7 +127,7 @@ def request_error(error: ValidationError, body: type[BaseModel]) -> RequestError
     return RequestError(where, first["input"], f"must be {wants}")
 
 
-def place(location: tuple[int | str, ...]) -> str:
+def place(location: Place) -> str:
     """`("messages", 0, "role")` -> `messages[0].role`."""
     text = ""
     for part in location:
@@ -107,7 +137,7 @@ def place(location: tuple[int | str, ...]) -> str:
     return text
 
 
-def unknown_field(location: tuple[int | str, ...], body: type[BaseModel]) -> str:
+def unknown_field(location: Place, body: type[BaseModel]) -> str:
     """What to say of a field that no body has."""
     name = str(location[-1])
     if name in NOT_SERVED or len(location) > 1:

@@ -21,8 +21,12 @@ from tierkv.server.fields import (
     TEMPLATE_RESERVED,
     HintsBody,
     Model,
+    Stop,
+    Whole,
+    is_neutral,
+    whole_number,
 )
-from tierkv.server.structured import FIELDS, Form, ResponseFormat, form_of
+from tierkv.server.structured import FIELDS, Form, ResponseFormat, StructuredOutputs, form_of
 from tierkv.server.tools_body import Message, NamedChoice, Tool, ToolChoice, check_tools
 
 _LONGEST = 2**31  # tokens: up to the end of the context
@@ -40,31 +44,31 @@ class GenerationBody(Model):
     """The fields that both kinds of completions share; null means not given."""
 
     model: str | None = None
-    n: int | None = None
+    n: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    seed: Whole | None = None
+    stop: Stop | None = None
+    stop_token_ids: list[Whole] | None = None
     ignore_eos: bool | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    prompt_logprobs: int | None = None
+    max_tokens: Whole | None = None
+    min_tokens: Whole | None = None
+    prompt_logprobs: Whole | None = None
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[int] | None = None
-    truncate_prompt_tokens: int | None = None
+    allowed_token_ids: list[Whole] | None = None
+    truncate_prompt_tokens: Whole | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
     response_format: ResponseFormat | None = None
-    structured_outputs: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
@@ -73,7 +77,7 @@ class GenerationBody(Model):
     return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: int = 0
+    priority: Whole = 0
     cache_salt: str | None = None
     kv_hints: HintsBody | None = None
     user: str | None = None
@@ -82,14 +86,14 @@ class GenerationBody(Model):
     @model_validator(mode="before")
     @classmethod
     def drop_what_asks_for_nothing(cls, values: Any) -> Any:
-        """Leave out null and neutral values of fields that are not served."""
+        """Leave out neutral values of fields that are not served."""
         if not isinstance(values, dict):
             return values
         served = cls.model_fields
         return {
             name: value
             for name, value in values.items()
-            if name in served or not (value is None or value in NEUTRAL.get(name, ()))
+            if name in served or not is_neutral(value, NEUTRAL.get(name, ()))
         }
 
     @model_validator(mode="after")
@@ -158,8 +162,8 @@ class CompletionBody(GenerationBody):
 
     prompt: Any = None
     add_special_tokens: bool | None = None
-    logprobs: int | None = None
-    best_of: int | None = None
+    logprobs: Whole | None = None
+    best_of: Whole | None = None
 
     @model_validator(mode="after")
     def check_best_of(self) -> Self:
@@ -209,32 +213,36 @@ class CompletionBody(GenerationBody):
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one or several: strings or lists of token ids."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if not isinstance(prompt, list) or not prompt:
-            refuse_prompt(prompt)
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not isinstance(self.prompt, list) or not self.prompt:
+            refuse_prompt(self.prompt)
+        prompt = whole_numbers(self.prompt)
         if all(is_token_id(item) for item in prompt):
             return [prompt]
-        for item in prompt:
+        prompts = [whole_numbers(item) if isinstance(item, list) else item for item in prompt]
+        for item in prompts:
             if not isinstance(item, str) and not is_token_list(item):
-                refuse_prompt(prompt)
-        return prompt
+                refuse_prompt(prompts)
+        return prompts
 
 
 class ChatBody(GenerationBody):
     """Body of `/v1/chat/completions`."""
 
     messages: list[Message]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Whole | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Whole | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
 
     @model_validator(mode="after")
     def check_chat(self) -> Self:
@@ -242,6 +250,8 @@ class ChatBody(GenerationBody):
             raise RequestError("messages", [], "must hold at least one message")
         if self.top_logprobs is not None and not self.logprobs:
             raise RequestError("top_logprobs", self.top_logprobs, "needs logprobs=true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs", self.prompt_logprobs, "needs stream=false")
         if self.continue_final_message and self.add_generation_prompt:
             fix = "needs add_generation_prompt=false: the last message is not over"
             raise RequestError("continue_final_message", True, fix)
@@ -312,6 +322,11 @@ def refuse_prompt(prompt: Any) -> NoReturn:
     """Raise because `prompt` has none of the forms allowed."""
     fix = "must be a non-empty string, list of strings, list of token ids, or list of such lists"
     raise RequestError("prompt", prompt, fix)
+
+
+def whole_numbers(items: list[Any]) -> list[Any]:
+    """The items, numbers like 16.0 as integers."""
+    return [whole_number(item) for item in items] if float in map(type, items) else items
 
 
 def is_token_id(value: object) -> bool:

@@ -6,9 +6,20 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from tierkv.server.bodies import LIST, TEXT, Part, Refusal, SamplingBody, Stop, TextOrList, by_type
+from tierkv.server.bodies import (
+    LIST,
+    TEXT,
+    Part,
+    Refusal,
+    SamplingBody,
+    Stop,
+    TextOrList,
+    Whole,
+    by_type,
+)
 from tierkv.server.conversation import Conversation
 from tierkv.server.replies import Json
+from tierkv.server.tools_body import FunctionName, Parameters
 
 NOT_KEPT = "responses are not kept here: send the earlier items in `input` again"
 
@@ -103,7 +114,9 @@ class SchemaFormat(Part):
 
 Format = Annotated[
     Annotated[PlainFormat, Tag("<plain>")] | Annotated[SchemaFormat, Tag("<schema>")],
-    by_type({"text": "<plain>", "json_object": "<plain>", "json_schema": "<schema>"}),
+    by_type(
+        {"text": "<plain>", "json_object": "<plain>", "json_schema": "<schema>"}, default="text"
+    ),
 ]
 
 
@@ -118,9 +131,9 @@ class FunctionTool(Part):
     """A function that the model may call."""
 
     type: Literal["function"]
-    name: str
+    name: FunctionName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Parameters | None = None
     strict: bool | None = None
 
 
@@ -175,15 +188,15 @@ class ResponsesBody(SamplingBody):
     model: str | None = None
     input: Input
     instructions: str | None = None
-    max_output_tokens: int | None = None
-    max_tool_calls: int | None = None
+    max_output_tokens: Whole | None = None
+    max_tool_calls: Whole | None = None
     stop: Stop | None = None
     text: TextOptions | None = None
     tools: list[FunctionTool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include: list[Literal["message.output_text.logprobs"]] | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Whole | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     store: bool | None = None

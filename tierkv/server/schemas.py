@@ -102,6 +102,18 @@ FinishReason = Literal["stop", "length", "tool_calls", "abort"]
 LogprobsByToken = dict[str, float]
 
 
+class PromptLogprob(BaseModel):
+    """A candidate for a position of the prompt; 1 is the likeliest's rank."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+"""For each token of the prompt the candidates by token id; null for the first."""
+
+
 class PromptTokensDetails(BaseModel):
     """Prompt tokens that were not computed again, together and by tier, and those that were."""
 
@@ -138,6 +150,7 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
     stop_reason: str | int | None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(BaseModel):
@@ -213,6 +226,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: CompletionUsage
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionChunkChoice(BaseModel):
@@ -222,6 +236,8 @@ class CompletionChunkChoice(BaseModel):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    stop_reason: str | int | None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class CompletionChunk(BaseModel):
@@ -250,6 +266,7 @@ class ChatChunkChoice(BaseModel):
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
+    stop_reason: str | int | None = None
 
 
 class ChatCompletionChunk(BaseModel):

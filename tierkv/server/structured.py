@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from tierkv.engine.grammar_params import StructuredOutputsParams
 from tierkv.errors import RequestError
@@ -21,6 +21,25 @@ FIELDS = (
     "guided_choice",
     "guided_grammar",
 )
+
+
+StructuredOutputs = Annotated[
+    dict[str, Any],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "properties": {
+                "json": {"type": ["object", "string", "null"]},
+                "regex": {"type": ["string", "null"], "minLength": 1},
+                "choice": {"type": ["array", "null"], "minItems": 1, "items": {"type": "string"}},
+                "grammar": {"type": ["string", "null"], "minLength": 1},
+                "json_object": {"type": ["boolean", "null"]},
+            },
+            "additionalProperties": {"enum": [None, False]},
+        }
+    ),
+]
+"""vLLM's form, for `StructuredOutputsParams`."""
 
 
 class JsonSchemaFormat(Model):
@@ -57,8 +76,10 @@ def form_of(body: GenerationBody) -> Form | None:
         RequestError: several fields ask for one, or one is wrong; naming the field.
     """
     given = [name for name in FIELDS if getattr(body, name) is not None]
-    if body.response_format is not None and body.response_format.type == "text":
-        given.remove("response_format")
+    if body.response_format is not None:
+        check_schema_is_meant(body.response_format)
+        if body.response_format.type == "text":
+            given.remove("response_format")
     if not given:
         return None
     if len(given) > 1:
@@ -73,6 +94,17 @@ def form_of(body: GenerationBody) -> Form | None:
         return Form(name, StructuredOutputsParams.from_mapping({kind: getattr(body, name)}))
     except RequestError as error:
         raise RequestError(name, error.value, error.fix) from None
+
+
+def check_schema_is_meant(given: ResponseFormat) -> None:
+    """Refuse a schema beside a type that does not look at it.
+
+    Raises:
+        RequestError: there is one.
+    """
+    if given.json_schema is not None and given.type != "json_schema":
+        fix = "must be json_schema, since there is a schema"
+        raise RequestError("response_format.type", given.type, fix)
 
 
 def _of_response_format(given: ResponseFormat) -> Form:

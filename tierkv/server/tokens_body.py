@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from tierkv.server.bodies import MappedBody, Part, Refusal, check_body
+from tierkv.server.bodies import MappedBody, Part, Refusal, Whole, check_body
 from tierkv.server.parsing import parse_object
 from tierkv.server.replies import Json
+from tierkv.server.tools_body import Message, Tool
 
 
 class TokenizeBody(Part):
@@ -33,8 +34,8 @@ class TokenizeChatBody(MappedBody):
     }
 
     model: str | None = None
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    tools: list[dict[str, Any]] | None = None
+    messages: Annotated[list[Message], Field(min_length=1)]
+    tools: list[Tool] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     return_token_strs: bool | None = None
@@ -54,7 +55,7 @@ class DetokenizeBody(Part):
     """Body of `/detokenize`."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[Whole]
 
 
 def parse_tokenize(raw: bytes) -> TokenizeBody | TokenizeChatBody:

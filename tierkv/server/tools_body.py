@@ -6,22 +6,50 @@ import json
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
 from tierkv.engine.inputs import join_text_parts
 from tierkv.errors import RequestError
-from tierkv.server.fields import EMPTY, Model
+from tierkv.server.fields import EMPTY, LIST, TEXT, Model, TextOrList, Whole
 from tierkv.server.replies import Json
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+FunctionName = Annotated[str, Field(json_schema_extra={"pattern": f"^{_NAME.pattern}$"})]
+Parameters = Annotated[
+    dict[str, Any], Field(json_schema_extra={"properties": {"type": {"const": "object"}}})
+]
+"""The JSON schema of a function's arguments, which are an object."""
+
+TEXT_PARTS: Json = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["type", "text"],
+        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    },
+}
+Content = Annotated[
+    Annotated[str, Tag(TEXT)]
+    | Annotated[list[dict[str, Any]], WithJsonSchema(TEXT_PARTS), Tag(LIST)],
+    TextOrList,
+]
+CALLS: Json = {"type": "array", "minItems": 1}
+SAYS_SOMETHING: Json = {
+    "additionalProperties": {"enum": list(EMPTY)},
+    "anyOf": [
+        {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
+        {"required": ["tool_calls"], "properties": {"tool_calls": CALLS}},
+    ],
+}
+"""What a message's JSON schema adds to its fields."""
 
 
 class Function(Model):
     """A function that the model may call; `strict` is always so where a call is forced."""
 
-    name: str
+    name: FunctionName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Parameters | None = None
     strict: bool | None = None
 
     def schema_of_arguments(self) -> Json:
@@ -36,7 +64,7 @@ class Tool(Model):
     function: Function
 
 
-class FunctionName(Model):
+class ChosenFunction(Model):
     """Which function."""
 
     name: str
@@ -46,7 +74,7 @@ class NamedChoice(Model):
     """The function that the model must call."""
 
     type: Literal["function"]
-    function: FunctionName
+    function: ChosenFunction
 
 
 ToolChoice = Annotated[
@@ -69,15 +97,17 @@ class ToolCall(Model):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
-    index: int | None = None
+    index: Whole | None = None
 
     def as_template_input(self, place: str) -> Json:
         """The call as chat templates take it: with arguments as an object, not as text."""
+        text, where = self.function.arguments or "{}", f"{place}.function.arguments"
         try:
-            arguments = json.loads(self.function.arguments or "{}")
+            arguments = json.loads(text)
         except (ValueError, RecursionError) as error:
-            where = f"{place}.function.arguments"
-            raise RequestError(where, self.function.arguments, f"is no JSON: {error}") from None
+            raise RequestError(where, text, f"is no JSON: {error}") from None
+        if not isinstance(arguments, dict):
+            raise RequestError(where, text, "must be a JSON object")
         function = {"name": self.function.name, "arguments": arguments}
         return {"id": self.id, "type": "function", "function": function}
 
@@ -85,8 +115,10 @@ class ToolCall(Model):
 class Message(Model):
     """One message of a conversation; content is text or a list of text parts."""
 
+    model_config = ConfigDict(json_schema_extra=SAYS_SOMETHING)
+
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: Content | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -135,6 +167,10 @@ def check_tools(tools: list[Tool], choice: ToolChoice | None) -> None:
         if name in names:
             raise RequestError(where, name, "is the name of another tool too")
         names.append(name)
+        kind = (tool.function.parameters or {}).get("type", "object")
+        if kind != "object":
+            where = f"tools[{i}].function.parameters.type"
+            raise RequestError(where, kind, "must be object: a function's arguments have names")
     if isinstance(choice, NamedChoice) and choice.function.name not in names:
         fix = f"is none of the tools: {', '.join(names) or 'there are none'}"
         raise RequestError("tool_choice.function.name", choice.function.name, fix)

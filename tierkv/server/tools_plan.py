@@ -115,7 +115,9 @@ def _grammar(functions: list[Function], is_parallel: bool) -> str:
     for i, function in enumerate(functions):
         head = json.dumps(f'{{"name": {json.dumps(function.name)}, "arguments": ')
         schema = function.schema_of_arguments()
-        schema["x-guidance"] = {"whitespace_pattern": WHITESPACE, **schema.get("x-guidance", {})}
+        given = schema.get("x-guidance")
+        options = given if isinstance(given, dict) else {}
+        schema["x-guidance"] = {"whitespace_pattern": WHITESPACE, **options}
         rules.append(f'call_{i}: {head} arguments_{i} "}}"')
         rules.append(f"arguments_{i}: %json {json.dumps(schema)}")
     return "\n".join(rules)

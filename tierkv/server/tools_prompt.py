@@ -1,9 +1,10 @@
-"""How a prompt tells the model of its tools.
+"""How a prompt is written for a template that knows less than the API, tools above all.
 
 A chat template that knows tools is given them. For one that does not (it mentions neither `tools`
 nor `tool_calls`), the conversation is rewritten in words that any template can render: a text about
 the tools goes to the front of the system message, calls made earlier are written as the parser
-reads them, and what they gave comes as messages of the user.
+reads them, and what they gave comes as messages of the user. The role `developer` becomes `system`
+for a template that does not mention it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tierkv.server.replies import Json
 from tierkv.server.tools_plan import ToolPlan
 
 _KNOWS_TOOLS = re.compile(r"\btools\b")
+_KNOWS_DEVELOPERS = re.compile(r"\bdeveloper\b")
 _KNOWS_CALLS = re.compile(r"\btool_calls\b")
 
 _LIST = """\
@@ -66,6 +68,17 @@ def knows(template: str | None, messages: list[Json], *, has_tools: bool) -> boo
         (has_tools and _KNOWS_TOOLS.search(template) is None)
         or (has_calls and _KNOWS_CALLS.search(template) is None)
     )
+
+
+def with_known_roles(messages: list[Json], template: str | None) -> list[Json]:
+    """The messages with `system`, OpenAI's older word, for a `developer` of whom the template
+    knows nothing."""
+    if template is None or _KNOWS_DEVELOPERS.search(template) is not None:
+        return messages
+    return [
+        {**message, "role": "system"} if message["role"] == "developer" else message
+        for message in messages
+    ]
 
 
 def template_text(tokenizer: Tokenizer | None, given: str | None) -> str | None:

@@ -46,7 +46,7 @@ class CompletionRoutes:
 def router(context: ServerContext) -> APIRouter:
     """`/v1/completions` and `/v1/chat/completions`."""
     routes, api = APIRouter(dependencies=[Depends(context.check_key)]), CompletionRoutes(context)
-    about: dict[str, Any] = {"errors": GENERATION_ERRORS, "is_keyed": True}
+    about: dict[str, Any] = {"errors": GENERATION_ERRORS, "is_keyed": True, "last_event": "[DONE]"}
     completion = operation(
         "OpenAI", body=CompletionBody, reply=Completion, event=CompletionChunk, **about
     )
