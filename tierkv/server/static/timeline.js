@@ -58,11 +58,13 @@ export class Detail {
     this.onCells = onCells;
     this.id = null;
     this.timer = 0;
+    this.hint = nodes.hint.textContent;
   }
 
   open(id) {
     this.id = id;
     clearTimeout(this.timer);
+    setText(this.nodes.hint, this.hint);
     this.nodes.hint.hidden = id !== null;
     this.nodes.body.hidden = true;
     if (id === null) this.onCells(null);
