@@ -352,6 +352,28 @@ def test_the_results_of_calls_are_sent_back(client: openai.OpenAI) -> None:
     assert reply.choices[0].finish_reason == "length"
 
 
+def test_an_answer_has_its_form_unless_it_is_a_call(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"old": {"type": "boolean"}}, "required": ["old"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    fields: Any = {"tools": TOOLS, "response_format": form}
+    for first, is_call in (("<", True), ("{", False)):
+        bias = {str(client_token(client, first)): 100}
+        reply = ask(client, **fields, n=4, logit_bias=bias, parallel_tool_calls=False)
+        for choice in reply.choices:
+            if is_call:
+                assert choice.finish_reason == "tool_calls"
+                check_calls(choice.message.tool_calls)
+            else:
+                jsonschema.validate(json.loads(choice.message.content), schema)
+
+
+def client_token(client: openai.OpenAI, text: str) -> int:
+    """The one token of a text, by `/tokenize`."""
+    (token,) = client.post("../tokenize", cast_to=object, body={"prompt": text})["tokens"]  # type: ignore
+    return int(token)
+
+
 def test_plain_answers_beside_tools(client: openai.OpenAI) -> None:
     for is_streamed in (False, True):
         reply = ask(

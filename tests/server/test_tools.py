@@ -84,7 +84,14 @@ def function(**fields: Any) -> list[dict[str, Any]]:
             {"tools": [STOP], "tool_choice": "required", "guided_regex": "a"},
             "guided_regex",
         ),
-        ({"tools": [STOP], "response_format": {"type": "json_object"}}, "response_format"),
+        (
+            {
+                "tools": [STOP],
+                "tool_choice": "required",
+                "response_format": {"type": "json_object"},
+            },
+            "response_format",
+        ),
         (
             {"tools": [STOP], "tool_choice": NAMED, "use_beam_search": True},
             "tool_choice",
@@ -186,6 +193,37 @@ def test_grammars_of_forced_calls() -> None:
     compiler.close()
 
 
+def test_answers_have_their_form_beside_calls() -> None:
+    vocabulary = make_vocabulary(Tokenizer(byte_tokenizer()), 300, [0])
+    compiler = GrammarCompiler(lambda: vocabulary)
+
+    def accepts(body: ChatBody, text: str) -> bool:
+        grammar = plan(body).grammar(body.form_of_answers)
+        assert grammar is not None
+        matcher = compiler.compile(grammar).start()
+        tokens = vocabulary.tokenize_str(text)
+        return matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
+
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = chat(tools=[WEATHER, STOP], response_format=form)
+    weather = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    stop = '<tool_call>\n{"name": "stop", "arguments": {}}\n</tool_call>'
+    for text in ('{"a": 1}', weather, f"{weather}\n{stop}"):
+        assert accepts(body, text)
+    for text in ("", '{"a": 2}', '{"a": 1}' + stop, stop.replace("stop", "go"), "hello"):
+        assert not accepts(body, text)
+    single = chat(tools=[STOP], response_format={"type": "json_object"}, parallel_tool_calls=False)
+    assert accepts(single, '{"b": []}') and accepts(single, stop)
+    assert not accepts(single, f"{stop}\n{stop}")
+    compiler.close()
+    with pytest.raises(RequestError, match="--tool-call-parser hermes") as caught:
+        plan(body, parser="pythonic").grammar(body.form_of_answers)
+    assert caught.value.field == "response_format"
+    whole = chat(tools=[STOP], guided_regex="a")
+    assert plan(whole).grammar(whole.form_of_answers) is None
+
+
 def test_schemas_that_are_too_long_name_the_tools() -> None:
     wide = {"type": "object", "properties": {"p" * 200 + str(i): {} for i in range(1000)}}
     body = chat(tools=function(name="f", parameters=wide), tool_choice="required")
@@ -240,6 +278,12 @@ def test_other_templates_get_words(parser: str, call: str) -> None:
     shown = answer["content"].removeprefix("Let me see.\n")
     delta = ToolTurn(found, is_parallel=True).read(shown, is_over=True)
     assert json.loads(delta["tool_calls"][0]["function"]["arguments"]) == {"city": "Rome"}
+
+
+def test_results_alone_are_told_in_words_too() -> None:
+    result = {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}
+    (told,), tools = prompt_with_tools([result], plan(chat()), PLAIN_TEMPLATE)
+    assert (told["role"], tools) == ("user", []) and "sunny" in told["content"]
 
 
 def test_words_for_forced_calls_and_for_none() -> None:

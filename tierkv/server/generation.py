@@ -186,7 +186,8 @@ class ChatReply:
         )
         self._turns: dict[int, ToolTurn] = {}
         self.params = body.params()
-        self.params.structured_outputs = self._plan.grammar() or self.params.structured_outputs
+        grammar = self._plan.grammar(body.form_of_answers)
+        self.params.structured_outputs = grammar or self.params.structured_outputs
         self._search = body.beam_search()
         self._messages = body.template_input()
         self.num_sequences = self.params.n

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, Self
 from pydantic import PrivateAttr, model_validator
 
 from tierkv.engine.beam import BeamSearchParams
+from tierkv.engine.grammar_params import StructuredOutputsParams
 from tierkv.engine.kv_hints import KvHints
 from tierkv.engine.sampling_params import SamplingParams
 from tierkv.errors import RequestError
@@ -263,19 +264,19 @@ class ChatBody(GenerationBody):
     @model_validator(mode="after")
     def check_tool_choice(self) -> Self:
         check_tools(self.tools or [], self.tool_choice)
-        if self._form is not None and self.tools:
-            self._check_form_beside_tools(self._form)
+        if self._form is not None and self.tools and self.forces_call:
+            fix = "cannot be combined with a forced tool_choice"
+            raise RequestError(self._form.field, "given", fix)
         if self.forces_call and self.use_beam_search:
             raise RequestError("tool_choice", "given", "cannot be combined with use_beam_search")
         return self
 
-    def _check_form_beside_tools(self, form: Form) -> None:
-        """Forced calls have a form of their own; an answer that must be JSON is no call."""
-        if self.forces_call:
-            raise RequestError(form.field, "given", "cannot be combined with a forced tool_choice")
-        if self.tool_choice != "none" and form.field.startswith("response_format"):
-            fix = "cannot be combined with tools unless tool_choice is none"
-            raise RequestError(form.field, "given", fix)
+    @property
+    def form_of_answers(self) -> StructuredOutputsParams | None:
+        """What an answer must be when it is no call: `response_format` is of answers alone."""
+        form = self._form
+        is_answers = form is not None and form.field.startswith("response_format")
+        return form.params if form is not None and is_answers else None
 
     @property
     def forces_call(self) -> bool:

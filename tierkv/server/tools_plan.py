@@ -13,6 +13,10 @@ from tierkv.server.replies import Json
 from tierkv.server.tools_body import Function, NamedChoice, Tool, ToolChoice
 from tierkv.server.tools_parsers import PARSERS, CallParser, ListParser, NamedParser
 
+BESIDE_CALLS = (
+    "cannot be combined with tools of which the model may choose, unless the server runs with "
+    "--tool-call-parser hermes; or set tool_choice to none"
+)
 HOW_TO_ENABLE = "start the server with --enable-auto-tool-choice and --tool-call-parser NAME"
 
 Kind = Literal["none", "auto", "required", "named"]
@@ -45,18 +49,28 @@ class ToolPlan:
         """How calls are written: the parser's name, or what the grammar makes them."""
         return self.kind if self.is_forced else self.parser
 
-    def grammar(self) -> StructuredOutputsParams | None:
-        """What guarantees that a forced call is one.
+    def grammar(
+        self, answer: StructuredOutputsParams | None = None
+    ) -> StructuredOutputsParams | None:
+        """What guarantees that a forced call is one, and that what is no call is the answer.
+
+        Args:
+            answer: the JSON that an answer without calls has to be.
 
         Raises:
-            RequestError: the schemas are too long.
+            RequestError: the schemas are too long, or the parser's calls have no grammar.
         """
+        functions = [tool.function for tool in self.tools]
+        if self.kind == "auto" and answer is not None:
+            if self.parser != "hermes":
+                raise RequestError("response_format", "given", BESIDE_CALLS)
+            lark = _answer_or_calls(answer, functions, self.is_parallel)
+            return StructuredOutputsParams(grammar=lark)
         if not self.is_forced:
             return None
-        functions = [tool.function for tool in self.tools]
         try:
             if self.kind == "required":
-                return StructuredOutputsParams(grammar=_grammar(functions, self.is_parallel))
+                return StructuredOutputsParams(grammar=_list_of(functions, self.is_parallel))
             (schema,) = (f.schema_of_arguments() for f in functions if f.name == self.name)
             return StructuredOutputsParams(json=schema)
         except RequestError as error:
@@ -107,17 +121,34 @@ def plan_tools(
     return ToolPlan(kind, tools, name, parser or "hermes", is_parallel)
 
 
-def _grammar(functions: list[Function], is_parallel: bool) -> str:
+def _list_of(functions: list[Function], is_parallel: bool) -> str:
     """A list of calls in Lark's form; each function's schema is a grammar of its own."""
-    numbers = range(len(functions))
     more = ' (", " call)*' if is_parallel else ""
-    rules = [f'start: "[" call{more} "]"', "call: " + " | ".join(f"call_{i}" for i in numbers)]
+    return "\n".join([f'start: "[" call{more} "]"', *_calls(functions)])
+
+
+def _answer_or_calls(
+    answer: StructuredOutputsParams, functions: list[Function], is_parallel: bool
+) -> str:
+    """The answer's JSON, or calls as the hermes parser reads them."""
+    schema = {"type": "object"} if answer.json_object else json.loads(answer.spec()[1])
+    more = r' ("\n" call)*' if is_parallel else ""
+    rules = [f"start: answer | call{more}", f"answer: %json {_bounded(schema)}"]
+    return "\n".join(rules + _calls(functions, "<tool_call>\n", "\n</tool_call>"))
+
+
+def _calls(functions: list[Function], opening: str = "", closing: str = "") -> list[str]:
+    """The rule `call`, and those that it needs."""
+    rules = ["call: " + " | ".join(f"call_{i}" for i in range(len(functions)))]
     for i, function in enumerate(functions):
-        head = json.dumps(f'{{"name": {json.dumps(function.name)}, "arguments": ')
-        schema = function.schema_of_arguments()
-        given = schema.get("x-guidance")
-        options = given if isinstance(given, dict) else {}
-        schema["x-guidance"] = {"whitespace_pattern": WHITESPACE, **options}
-        rules.append(f'call_{i}: {head} arguments_{i} "}}"')
-        rules.append(f"arguments_{i}: %json {json.dumps(schema)}")
-    return "\n".join(rules)
+        head = f'{opening}{{"name": {json.dumps(function.name)}, "arguments": '
+        rules.append(f"call_{i}: {json.dumps(head)} arguments_{i} {json.dumps('}' + closing)}")
+        rules.append(f"arguments_{i}: %json {_bounded(function.schema_of_arguments())}")
+    return rules
+
+
+def _bounded(schema: Json) -> str:
+    """The schema as text, with as little white space as in other structured outputs."""
+    given = schema.get("x-guidance")
+    options = given if isinstance(given, dict) else {}
+    return json.dumps({**schema, "x-guidance": {"whitespace_pattern": WHITESPACE, **options}})

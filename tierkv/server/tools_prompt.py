@@ -63,7 +63,7 @@ def knows(template: str | None, messages: list[Json], *, has_tools: bool) -> boo
     """Whether a chat template renders the tools, and the calls, of these messages."""
     if template is None:
         return True  # whoever renders it says that there is none
-    has_calls = any("tool_calls" in message for message in messages)
+    has_calls = any("tool_calls" in message or message["role"] == "tool" for message in messages)
     return not (
         (has_tools and _KNOWS_TOOLS.search(template) is None)
         or (has_calls and _KNOWS_CALLS.search(template) is None)
