@@ -48,7 +48,6 @@ NOT_SERVED = (
     "mm_processor_kwargs",
     "prediction",
     "request_id",
-    "return_token_ids",
     "web_search_options",
 )
 """Fields of OpenAI's and vLLM's API that are refused by name."""

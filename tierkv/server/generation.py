@@ -103,13 +103,17 @@ class CompletionReply:
         """Choices of a stream's opening chunks: none."""
         return []
 
+    def reply_fields(self, output: RequestOutput) -> Json:
+        """Fields beside the choices of a whole reply and of a stream's first chunk: none."""
+        return {}
+
     def chunk_choices(self, number: int, delta: RequestOutput) -> list[Json]:
         """Choices of the chunk for one delta of prompt `number`."""
         delta = self._without_sample(delta)
         delta.outputs = [
             sample
             for sample in delta.outputs
-            if has_news(sample) or self._index(number, sample) not in self._echoes
+            if self._body.shows(sample) or self._index(number, sample) not in self._echoes
         ]
         return self._choices(number, delta)
 
@@ -140,6 +144,9 @@ class CompletionReply:
         }
         if self._body.prompt_logprobs is not None and is_first:
             choice["prompt_logprobs"] = prompt_logprobs_body(output.prompt_logprobs)
+        if self._body.return_token_ids:
+            choice["token_ids"] = sample.token_ids
+            choice["prompt_token_ids"] = output.prompt_token_ids if is_first else None
         return choice
 
     def _echo(self, output: RequestOutput) -> str:
@@ -233,9 +240,16 @@ class ChatReply:
         outputs = await collect(self.start())
         choices = [self._whole_choice(sample) for sample in outputs[0].outputs]
         reply = {**self.header.body(), "choices": choices, "usage": Usage.of(outputs).body()}
+        return {**reply, **self.reply_fields(outputs[0])}
+
+    def reply_fields(self, output: RequestOutput) -> Json:
+        """Fields beside the choices of a whole reply and of a stream's first chunk."""
+        fields: Json = {}
         if self._body.prompt_logprobs is not None:
-            reply["prompt_logprobs"] = prompt_logprobs_body(outputs[0].prompt_logprobs)
-        return reply
+            fields["prompt_logprobs"] = prompt_logprobs_body(output.prompt_logprobs)
+        if self._body.return_token_ids:
+            fields["prompt_token_ids"] = output.prompt_token_ids
+        return fields
 
     def events(self) -> AsyncGenerator[bytes, None]:
         """The reply as server-sent events."""
@@ -252,22 +266,27 @@ class ChatReply:
 
     def chunk_choices(self, number: int, delta: RequestOutput) -> list[Json]:
         """Choices of the chunk for one delta."""
-        choices = (self._chunk_choice(sample) for sample in delta.outputs if has_news(sample))
+        choices = (
+            self._chunk_choice(sample) for sample in delta.outputs if self._body.shows(sample)
+        )
         return [choice for choice in choices if choice is not None]
 
     def _chunk_choice(self, sample: CompletionOutput) -> Json | None:
         """None when what came is held back: it may become a call."""
         delta = self._delta(sample)
-        if not delta and not sample.finished and not sample.logprobs:
+        has_more = sample.finished or sample.logprobs or self._body.return_token_ids
+        if not delta and not has_more:
             return None
-        return chat_delta(sample.index, delta, self._logprobs_of(sample), **self._ending(sample))
+        rest = {**self._ending(sample), **self._ids_of(sample)}
+        return chat_delta(sample.index, delta, self._logprobs_of(sample), **rest)
 
     def _whole_choice(self, sample: CompletionOutput) -> Json:
         message = whole_message(self._delta(sample))
         if self._echo:
             message["content"] = self._echo + (message["content"] or "")
         logprobs = self._logprobs_of(sample)
-        return chat_choice(sample.index, message, logprobs, **self._ending(sample))
+        rest = {**self._ending(sample), **self._ids_of(sample)}
+        return chat_choice(sample.index, message, logprobs, **rest)
 
     def _delta(self, sample: CompletionOutput) -> Json:
         """The news of a sample, read for calls where there may be some."""
@@ -293,6 +312,9 @@ class ChatReply:
         as_ids = bool(self._body.return_tokens_as_token_ids)
         return chat_logprobs(sample.token_ids, sample.logprobs, self._num_top, as_ids=as_ids)
 
+    def _ids_of(self, sample: CompletionOutput) -> Json:
+        return {"token_ids": sample.token_ids} if self._body.return_token_ids else {}
+
     @property
     def _echo(self) -> str:
         """The message that is continued, if it shall be repeated."""
@@ -301,11 +323,6 @@ class ChatReply:
 
 
 OpenAIReply = CompletionReply | ChatReply
-
-
-def has_news(sample: CompletionOutput) -> bool:
-    """Whether a delta shows: tokens may be held back until they are whole characters."""
-    return bool(sample.text or sample.logprobs or sample.finished)
 
 
 def keep_best(output: RequestOutput, count: int) -> None:
@@ -371,7 +388,9 @@ async def stream_chunks(
             if in_all:
                 head["usage"] = usage.body()
             choices = reply.first_choices() if is_first else []
+            once = reply.reply_fields(delta) if is_first else {}
             for choice in choices + reply.chunk_choices(number, delta):
-                yield {**head, "choices": [choice]}
+                yield {**head, **once, "choices": [choice]}
+                once = {}
     if wants_usage:
         yield {**head, "choices": [], "usage": usage.body()}

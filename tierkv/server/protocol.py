@@ -13,6 +13,7 @@ from pydantic import PrivateAttr, model_validator
 from tierkv.engine.beam import BeamSearchParams
 from tierkv.engine.grammar_params import StructuredOutputsParams
 from tierkv.engine.kv_hints import KvHints
+from tierkv.engine.outputs import CompletionOutput
 from tierkv.engine.sampling_params import SamplingParams
 from tierkv.errors import RequestError
 from tierkv.server.fields import (
@@ -76,6 +77,7 @@ class GenerationBody(Model):
     guided_grammar: str | None = None
     echo: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    return_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Whole = 0
@@ -121,6 +123,11 @@ class GenerationBody(Model):
         return self.wants_usage_chunk and bool(
             self.stream_options and self.stream_options.continuous_usage_stats
         )
+
+    def shows(self, sample: CompletionOutput) -> bool:
+        """Whether a delta has news: tokens may be held back until they are whole characters."""
+        ids = self.return_token_ids and sample.token_ids
+        return bool(sample.text or sample.logprobs or sample.finished or ids)
 
     def hints(self) -> KvHints | None:
         """What was said of the request's own KV."""
@@ -202,6 +209,9 @@ class CompletionBody(GenerationBody):
 
     def params(self) -> SamplingParams:
         values = self.sampling_values()
+        if self.max_tokens == 0 and not self.echo:
+            fix = "needs echo=true, which scores the prompt; else it must be at least 1"
+            raise RequestError("max_tokens", 0, fix)
         if self.max_tokens is not None:
             values["max_tokens"] = 1 if self.is_score_only else self.max_tokens
         if self.is_best_of:
