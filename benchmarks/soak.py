@@ -121,8 +121,9 @@ async def load(server: Server, args: argparse.Namespace, seen: Seen) -> None:
     clients = [Client(server, number, prefixes, seen) for number in range(args.clients)]
     tasks = [asyncio.create_task(client.run(begun + seconds)) for client in clients]
     while (elapsed := time.monotonic() - begun) < seconds:
-        seen.usages.append((elapsed, await asyncio.to_thread(server.usage)))
+        seen.usages.append((elapsed, server.usage()))
         await asyncio.sleep(seconds / 100)
+    seen.usages.append((seconds, server.usage()))
     await asyncio.gather(*tasks)
 
 
@@ -143,12 +144,9 @@ def settle(server: Server, descriptors: int) -> dict[str, float]:
 def growth(seen: Seen) -> dict[str, float]:
     """Share that each process's memory grew by, from the second to the last fifth of the time."""
     fifth = max(1, len(seen.usages) // 5)
-    parts = [
-        [usage for _, usage in part] for part in (seen.usages[fifth:][:fifth], seen.usages[-fifth:])
-    ]
     early, late = (
-        {name: statistics.median(u[name].rss_bytes for u in part) for name in part[0]}
-        for part in parts
+        {name: statistics.median(usage[name].rss_bytes for _, usage in part) for name in part[0][1]}
+        for part in (seen.usages[fifth:][:fifth], seen.usages[-fifth:])
     )
     return {name: round(late[name] / early[name] - 1, 4) for name in early}
 

@@ -4,21 +4,17 @@ As in `scheduler_overhead.py` no model runs, so the figure is the snapshot's alo
 4k tokens decode in a pool of 100,000 blocks while others wait, and between two looks each of them
 goes on by some steps, as it does in the quarter of a second that the server leaves between two.
 
-    python benchmarks/window.py [--sequences 256] [--context 4096] [--blocks 100000] [--looks 100]
+    python benchmarks/window.py [--quick] [--sequences 256] [--context 4096] [--blocks 100000]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
-import sys
 import time
-from datetime import date
-from pathlib import Path
+from typing import Any
 
 import msgpack
+from common.runs import parse, parser, print_table, write
 from scheduler_overhead import make_engine, prompt
 
 from tierkv.engine.core import EngineCore, EngineRequest
@@ -27,6 +23,7 @@ from tierkv.engine.sampling_params import SamplingParams
 
 PER_SECOND = 4
 WAITING = 64
+TARGET_SHARE = 0.01
 
 
 def busy_engine(sequences: int, context: int, blocks: int, looks: int, steps: int) -> EngineCore:
@@ -61,35 +58,33 @@ def measure(core: EngineCore, looks: int, steps: int) -> dict[str, float]:
         "snapshot_cpu_ms": statistics.median(cpu[1:]),
         "snapshot_cpu_p99_ms": sorted(cpu[1:])[int(len(cpu[1:]) * 0.99)],
         "snapshot_ms": statistics.median(wall[1:]),
-        "share_of_time_percent": statistics.median(cpu[1:]) * PER_SECOND / 10,
+        "share_of_time": statistics.median(cpu[1:]) * PER_SECOND / 1e3,
         "bytes": len(message),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--sequences", type=int, default=256)
-    parser.add_argument("--context", type=int, default=4096)
-    parser.add_argument("--blocks", type=int, default=100_000)
-    parser.add_argument("--looks", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=12, help="between two looks")
-    parser.add_argument("--out", type=Path, help="write the result as JSON")
-    args = parser.parse_args()
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    options = parser(__doc__, repeats=1)
+    options.add_argument("--sequences", type=int, default=256)
+    options.add_argument("--context", type=int, default=4096)
+    options.add_argument("--blocks", type=int, default=100_000)
+    options.add_argument("--looks", type=int, default=100)
+    options.add_argument("--steps", type=int, default=12, help="between two looks")
+    args = parse(options, argv)
+    if args.quick:
+        args.sequences, args.context, args.blocks, args.looks = 4, 64, 100, 4
     core = busy_engine(args.sequences, args.context, args.blocks, args.looks, args.steps)
+    measured = measure(core, args.looks, args.steps)
     result = {
-        "command": "python benchmarks/window.py " + " ".join(sys.argv[1:]),
-        "date": date.today().isoformat(),
-        "python": platform.python_version(),
         "blocks": args.blocks,
         "sequences": args.sequences,
         "context": args.context,
-        **{name: round(value, 3) for name, value in measure(core, args.looks, args.steps).items()},
+        "target_share": TARGET_SHARE,
+        **{name: round(value, 4) for name, value in measured.items()},
     }
-    print(json.dumps(result, indent=2))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    rows: list[list[object]] = [[name, round(value, 3)] for name, value in measured.items()]
+    print_table([f"{args.sequences} sequences, {args.blocks} blocks", "figure"], rows)
+    return write(args.out, "window", result)
 
 
 if __name__ == "__main__":

@@ -89,16 +89,22 @@ def scheduler_overhead(result: dict[str, Any]) -> Iterator[Row]:
 
 
 def moves(result: dict[str, Any]) -> Iterator[Row]:
-    for kind, base in (("memory", "memcpy"), ("nvme", "fio")):
-        for size, entry in result[kind].items():
-            target = result["targets_memory"][size] if kind == "memory" else result["target_nvme"]
-            shares = entry.get(f"share_of_{base}", {})
-            for link, figures in entry["systems"].items():
-                name = f"{link}, blocks of {int(size) >> 10} KiB"
-                if link in shares:
-                    yield f"{name}, of {base}", *at_least(shares[link], target, "%")
-                elif "->" in link:
-                    yield name, _shown(figures["gb_per_s"], "GB/s"), *NO_TARGET
+    for size, entry in result["memory"].items():
+        target = result["targets_memory"][size]
+        yield from _links(entry, f"blocks of {int(size) >> 10} KiB", "memcpy", target)
+    for order, entries in result["nvme"].items():
+        for size, entry in entries.items():
+            what = f"blocks of {int(size) >> 10} KiB {order}"
+            yield from _links(entry, what, "fio", result["target_nvme"])
+
+
+def _links(entry: dict[str, Any], what: str, base: str, target: float) -> Iterator[Row]:
+    shares = entry.get(f"share_of_{base}", {})
+    for link, figures in entry["systems"].items():
+        if link in shares:
+            yield f"{link}, {what}, of {base}", *at_least(shares[link], target, "%")
+        elif "->" in link:
+            yield f"{link}, {what}", _shown(figures["gb_per_s"], "GB/s"), *NO_TARGET
 
 
 def tier_ttft(result: dict[str, Any]) -> Iterator[Row]:
@@ -152,6 +158,32 @@ def decode_latency(result: dict[str, Any]) -> Iterator[Row]:
             yield f"{name}, {which}", _shown(point[f"{which}_ms"], "ms"), *NO_TARGET
 
 
+def http_overhead(result: dict[str, Any]) -> Iterator[Row]:
+    name = f"{result['requests']} streams by HTTP, of the rate in process"
+    yield name, *at_least(result["ratio"], result["target_ratio"], "%")
+    extra = result["first_ms"]["overhead_ms"]
+    name = "first token by HTTP, later than in process"
+    yield name, *at_most(extra, result["target_first_ms"], "ms")
+
+
+def soak(result: dict[str, Any]) -> Iterator[Row]:
+    what = f"{result['clients']} clients for {result['minutes']:g} minutes"
+    yield f"{what}, errors", *at_most(result["num_errors"], 0, "")
+    yield f"{what}, starved", *at_most(result["starved"], 0, "")
+    for name, count in result["held_afterwards"].items():
+        yield f"{what}, {name} left afterwards", *at_most(count, 0, "")
+    for name, growth in result["memory_growth"].items():
+        yield f"{what}, memory growth, {name}", *at_most(growth, result["target_growth"], "%")
+    for name, figures in result["latency"].items():
+        words = name.removesuffix("_s").replace("_", " ")
+        yield f"{what}, p99 {words}", _shown(figures["p99"], "s"), *NO_TARGET
+
+
+def window(result: dict[str, Any]) -> Iterator[Row]:
+    name = f"being watched, {result['sequences']} sequences, share of the engine's time"
+    yield name, *at_most(result["share_of_time"], result["target_share"], "%")
+
+
 READERS = {
     reader.__name__: reader
     for reader in (
@@ -167,6 +199,9 @@ READERS = {
         policies,
         overhead,
         decode_latency,
+        http_overhead,
+        soak,
+        window,
     )
 }
 

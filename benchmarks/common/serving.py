@@ -120,27 +120,34 @@ def serving(*arguments: str) -> Iterator[Server]:
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     )
     server, ready = Server(process), threading.Event()
-    threading.Thread(target=_read, args=(server, ready), daemon=True).start()
+    reader = threading.Thread(target=_read, args=(server, ready), daemon=True)
+    reader.start()
     try:
         if not ready.wait(LOADING_S) or not server.url:
             raise RuntimeError(f"the server did not come up: {''.join(server.log[-20:])}")
         yield server
     finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _end(process)
+        reader.join()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _read(server: Server, ready: threading.Event) -> None:
     assert server.process.stdout is not None
-    for line in server.process.stdout:
-        server.log.append(line)
-        if match := _READY.search(line):
-            server.url = match.group(1)
-            ready.set()
+    with server.process.stdout as lines:
+        for line in lines:
+            server.log.append(line)
+            if match := _READY.search(line):
+                server.url = match.group(1)
+                ready.set()
     ready.set()
 
 

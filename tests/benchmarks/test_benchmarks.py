@@ -101,13 +101,15 @@ def test_block_size(tmp_path: Path) -> None:
 
 def test_moves(tmp_path: Path) -> None:
     result = run("moves", tmp_path, "--folder", str(tmp_path / "device"))
-    for kind, base in (("memory", "memcpy"), ("nvme", "fio")):
-        assert list(result[kind]) == [str(size << 10) for size in (32, 256, 1024, 4096)]
-        for entry in result[kind].values():
-            assert all(system["gb_per_s"] > 0 for system in entry["systems"].values())
-            for share in entry.get(f"share_of_{base}", {}).values():
-                assert share > 0
-    assert ("share_of_fio" in result["nvme"]["32768"]) == result["has_fio"]
+    kinds = {"memcpy": [result["memory"]], "fio": [*result["nvme"].values()]}
+    assert list(result["nvme"]) == ["in order", "random"]
+    for base, all_entries in kinds.items():
+        for entries in all_entries:
+            assert list(entries) == [str(size << 10) for size in (32, 256, 1024, 4096)]
+            for entry in entries.values():
+                assert all(system["gb_per_s"] > 0 for system in entry["systems"].values())
+                assert all(share > 0 for share in entry.get(f"share_of_{base}", {}).values())
+    assert ("share_of_fio" in result["nvme"]["random"]["32768"]) == result["has_fio"]
     assert all(len(rates) == 2 for rates in result["sweep_gb_per_s"].values())
     assert (tmp_path / "moves.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "device").iterdir())
@@ -252,3 +254,26 @@ def test_decode_latency(tmp_path: Path) -> None:
         moved_mib = point["moved_mib_per_step"] * point["steps"]
         assert moved_mib >= pile_mib if budget != "0" else moved_mib == 0
     assert (tmp_path / "decode_latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_window(tmp_path: Path) -> None:
+    result = run("window", tmp_path)
+    assert 0 < result["snapshot_cpu_ms"] <= result["snapshot_cpu_p99_ms"]
+    assert result["bytes"] > 0
+
+
+def test_http_overhead(tmp_path: Path) -> None:
+    result = run("http_overhead", tmp_path)
+    http, own = (result["systems"][name] for name in ("HTTP", "in process"))
+    assert result["ratio"] == pytest.approx(own["median_s"] / http["median_s"], rel=0.01)
+    assert http["events"] > 9 and http["cpu_s_engine"] > 0
+    assert result["first_ms"]["HTTP"] > 0
+
+
+def test_soak(tmp_path: Path) -> None:
+    """Streams that are left leave nothing behind, and everybody else is answered."""
+    result = run("soak", tmp_path)
+    assert result["num_errors"] == 0, result["errors"]
+    assert result["answered"] > 0 and result["left_by_their_client"] > 0
+    assert result["preemptions"] > 0 and result["moves_gpu_cpu"] > 0
+    assert not any(result["held_afterwards"].values())
