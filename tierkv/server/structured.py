@@ -112,7 +112,7 @@ def _of_response_format(given: ResponseFormat) -> Form:
         return Form("response_format", StructuredOutputsParams(json_object=True))
     where = "response_format.json_schema"
     if given.json_schema is None:
-        raise RequestError(where, None, "is required")
+        raise RequestError(where, None, "is required: the type json_schema needs it")
     where = f"{where}.schema"
     try:
         return Form(where, StructuredOutputsParams(json=given.json_schema.json_schema))
