@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ import pytest
 from servable import ServerProcess, running_server
 
 KEY = "secret"
-OPTIONS = ("--num-gpu-blocks", "256", "--num-threads", "1", "--no-offload", "--api-key", KEY)
+OPTIONS = (
+    *("--num-gpu-blocks", "256", "--num-threads", "1", "--no-offload", "--api-key", KEY),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+)
 HELLO: Any = [{"role": "user", "content": "hello"}]
 GREEDY: dict[str, Any] = {"model": "tiny", "extra_body": {"temperature": 0}}
 TOOL: Any = {
@@ -111,6 +115,34 @@ def test_a_tool_is_used(client: anthropic.Anthropic) -> None:
         messages=history, tools=[TOOL], tool_choice={"type": "none"}, max_tokens=4, **GREEDY
     )
     assert text_of(second)
+
+
+def test_the_model_chooses_between_a_call_and_a_typed_answer(
+    client: anthropic.Anthropic,
+) -> None:
+    """A random model is led to either by its first character."""
+    form: Any = {"format": {"type": "json_schema", "schema": TOOL["input_schema"]}}
+    fields: Any = {"messages": HELLO, "tools": [TOOL], "output_config": form, "max_tokens": 200}
+    fields |= {"model": "tiny", "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}
+    found: Any = client.post("/tokenize", cast_to=object, body={"prompt": "<{"})
+    call_extra, text_extra = (
+        {"temperature": 0, "logit_bias": {str(token): 100}} for token in found["tokens"]
+    )
+    whole = client.messages.create(**fields, extra_body=call_extra)
+    (call,) = whole.content
+    assert call.type == "tool_use" and whole.stop_reason == "tool_use"
+    assert call.input["city"] in ("Rome", "Paris")
+    with client.messages.stream(**fields, extra_body=call_extra) as stream:
+        (streamed,) = stream.get_final_message().content
+    assert streamed.type == "tool_use" and streamed.input == call.input
+    answer = client.messages.create(**fields, extra_body=text_extra)
+    assert answer.stop_reason == "end_turn"
+    assert json.loads(text_of(answer))["city"] in ("Rome", "Paris")
+
+
+def test_the_beta_client_is_served_too(client: anthropic.Anthropic) -> None:
+    message = client.beta.messages.create(max_tokens=4, messages=HELLO, **GREEDY)
+    assert message.usage.output_tokens == 4
 
 
 def test_errors_are_those_of_the_client(client: anthropic.Anthropic, server: ServerProcess) -> None:

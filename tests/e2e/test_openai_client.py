@@ -58,6 +58,13 @@ def ask(client: openai.OpenAI, **fields: Any) -> Any:
     return client.chat.completions.create(**values)
 
 
+def client_tokens(client: openai.OpenAI, text: str) -> list[int]:
+    """The tokens of a text, by `/tokenize`."""
+    found: Any = client.post("../tokenize", cast_to=object, body={"prompt": text})
+    tokens: list[int] = found["tokens"]
+    return tokens
+
+
 # -- chat and completions --------------------------------------------------------------------------
 
 
@@ -163,6 +170,47 @@ def test_a_message_is_continued(client: openai.OpenAI) -> None:
     chunks = ask(client, **fields, extra_body=extra, stream=True)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == reply.choices[0].message.content
+
+
+def test_the_client_puts_a_stream_together(client: openai.OpenAI) -> None:
+    fields: Any = {"model": MODEL, "messages": MESSAGES, "tools": TOOLS, "seed": 4}
+    options: Any = {"include_usage": True}
+    fields |= {"tool_choice": "required", "n": 2, "stream_options": options}
+    with client.chat.completions.stream(**fields) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    assert "tool_calls.function.arguments.done" in kinds
+    assert final.usage is not None and final.usage.completion_tokens
+    for choice in final.choices:
+        check_calls(choice.message.tool_calls)
+
+
+def test_token_id_prompts_in_a_batch(client: openai.OpenAI) -> None:
+    fields: Any = {"model": MODEL, "max_tokens": 4, "temperature": 0, "stop": None}
+    text = client.completions.create(prompt=["ab", "cd"], **fields)
+    ids = [client_tokens(client, prompt) for prompt in ("ab", "cd")]
+    same = client.completions.create(prompt=ids, **fields)
+    assert [c.text for c in same.choices] == [c.text for c in text.choices]
+    chunks = client.completions.create(prompt=ids, stream=True, **fields)
+    texts = ["", ""]
+    for chunk in chunks:
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [c.text for c in text.choices]
+
+
+def test_prompts_are_scored(client: openai.OpenAI) -> None:
+    """What lm-eval asks for."""
+    fields: Any = {"model": MODEL, "prompt": "hello", "logprobs": 1, "echo": True}
+    for count in (0, 1):
+        (choice,) = client.completions.create(**fields, max_tokens=count, temperature=0).choices
+        assert choice.text.startswith("hello") and choice.logprobs is not None
+        values = choice.logprobs.token_logprobs
+        assert values is not None and len(values) == 5 + count
+        assert values[0] is None and all(value <= 0 for value in values[1:] if value is not None)
+    extra: Any = {"prompt_logprobs": 2, "cache_salt": "s", "priority": 1, "min_tokens": 3}
+    reply: Any = client.completions.create(model=MODEL, prompt="hello", extra_body=extra)
+    scores = reply.choices[0].prompt_logprobs
+    assert scores[0] is None and len(scores) == 5 and all(len(s) >= 2 for s in scores[1:])
 
 
 # -- structured output -----------------------------------------------------------------------------
@@ -358,7 +406,7 @@ def test_an_answer_has_its_form_unless_it_is_a_call(client: openai.OpenAI) -> No
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     fields: Any = {"tools": TOOLS, "response_format": form}
     for first, is_call in (("<", True), ("{", False)):
-        bias = {str(client_token(client, first)): 100}
+        bias = {str(token): 100 for token in client_tokens(client, first)}
         reply = ask(client, **fields, n=4, logit_bias=bias, parallel_tool_calls=False)
         for choice in reply.choices:
             if is_call:
@@ -366,12 +414,6 @@ def test_an_answer_has_its_form_unless_it_is_a_call(client: openai.OpenAI) -> No
                 check_calls(choice.message.tool_calls)
             else:
                 jsonschema.validate(json.loads(choice.message.content), schema)
-
-
-def client_token(client: openai.OpenAI, text: str) -> int:
-    """The one token of a text, by `/tokenize`."""
-    (token,) = client.post("../tokenize", cast_to=object, body={"prompt": text})["tokens"]  # type: ignore
-    return int(token)
 
 
 def test_plain_answers_beside_tools(client: openai.OpenAI) -> None:

@@ -13,7 +13,10 @@ from pydantic import BaseModel
 from servable import running_server
 
 KEY = "secret"
-OPTIONS = ("--num-gpu-blocks", "256", "--num-threads", "1", "--no-offload", "--api-key", KEY)
+OPTIONS = (
+    *("--num-gpu-blocks", "256", "--num-threads", "1", "--no-offload", "--api-key", KEY),
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+)
 GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0}
 
 
@@ -100,6 +103,24 @@ def test_a_call_of_a_function_and_its_output(client: openai.OpenAI) -> None:
         input=history, tools=[TOOL], tool_choice="none", max_output_tokens=4, **GREEDY
     )
     assert second.output[0].type == "message"
+
+
+def test_the_model_chooses_between_a_call_and_a_typed_answer(client: openai.OpenAI) -> None:
+    """A random model is led to either by its first character."""
+    form: Any = {"type": "json_schema", "name": "place", "schema": TOOL["parameters"]}
+    fields: Any = {"input": "where?", "tools": [TOOL], "text": {"format": form}, **GREEDY}
+    fields |= {"max_output_tokens": 200, "parallel_tool_calls": False}
+    found: Any = client.post("../tokenize", cast_to=object, body={"prompt": "<{"})
+    call_bias, text_bias = ({"logit_bias": {str(token): 100}} for token in found["tokens"])
+    (call,) = client.responses.create(**fields, extra_body=call_bias).output
+    assert call.type == "function_call" and call.name == "weather"
+    Place.model_validate_json(call.arguments)
+    with client.responses.stream(**fields, extra_body=call_bias) as stream:
+        (streamed,) = stream.get_final_response().output
+    assert streamed.type == "function_call" and streamed.arguments == call.arguments
+    answer = client.responses.create(**fields, extra_body=text_bias)
+    assert answer.output[0].type == "message"
+    Place.model_validate_json(answer.output_text)
 
 
 def test_errors_are_those_of_the_client(client: openai.OpenAI) -> None:

@@ -70,6 +70,8 @@ class Maker:
             self.wrong_content_type,
             self.wrong_path,
             self.bad_value,
+            self.bad_piece,
+            self.bad_tool,
         ]
 
     def requests(self, count: int) -> Iterator[Bad]:
@@ -184,6 +186,50 @@ class Maker:
         }
         name = self.random.choice(list(bad))
         return self.with_field(path, name, self.random.choice(bad[name]))
+
+    def bad_piece(self) -> Bad:
+        """Something wrong inside of a message or an item."""
+        path = self.random.choice([p for p in GOOD if {"messages", "input"} & GOOD[p].keys()])
+        name = "input" if "input" in GOOD[path] else "messages"
+        image = {"type": "image_url", "image_url": {"url": "data:,"}}
+        wrong = self.random.choice(
+            [
+                {"role": "user"},
+                {"role": "user", "content": 5},
+                {"role": "user", "content": [image]},
+                {"role": "user", "content": ["x"]},
+                {"role": "user", "content": "x", "contents": "y"},
+                {"role": 5, "content": "x"},
+                {"content": "x"},
+                {},
+                [],
+                "x",
+                None,
+            ]
+        )
+        return self.with_field(path, name, [MESSAGES[0], wrong])
+
+    def bad_tool(self) -> Bad:
+        path = self.random.choice([path for path in SAMPLED if path != "/v1/completions"])
+        function = self.random.choice(
+            [
+                {"name": "a b"},
+                {"name": ""},
+                {"name": "x" * 65},
+                {"name": 5},
+                {"name": "f", "parameters": []},
+                {"name": "f", "parameters": {"type": "array"}},
+                {"name": "f", "parameters": {"maximum": 2.0, "x": {"y": [{"z": 0}] * 3}}, "q": 1},
+                {},
+            ]
+        )
+        tool = {"type": "function", "function": function}
+        if path == "/v1/responses":
+            tool = {"type": "function", **function}
+        elif path == "/v1/messages":
+            renamed = {"parameters": "input_schema"}
+            tool = {renamed.get(name, name): value for name, value in function.items()}
+        return self.with_field(path, "tools", [tool])
 
     def with_field(self, path: str, name: str, value: Any) -> Bad:
         return Bad(path, dump({**GOOD[path], name: value}), (name,))
