@@ -80,3 +80,4 @@ def test_lists_of_models(app: LiveApp) -> None:
     found = app.http.get("/v1/models").json()
     for card in found["data"]:
         openai.types.Model.model_validate(card)
+        assert card["root"] == app.engine.info.model

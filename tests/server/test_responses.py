@@ -314,7 +314,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 5}, "max_tokens"),
     ({"temperature": 1000}, "temperature"),
     ({"top_logprobs": 5000}, "top_logprobs"),
-    ({"include": ["reasoning.encrypted_content"]}, "include[0]"),
+    ({"include": ["file_search_call.results"]}, "include[0]"),
     ({"previous_response_id": "resp_1"}, "previous_response_id"),
     ({"conversation": "conv_1"}, "conversation"),
     ({"background": True}, "background"),

@@ -118,6 +118,7 @@ def test_what_the_schema_allows_is_taken(path: str) -> None:
 
 CALL = {"id": "1", "function": {"name": "f", "arguments": ""}}
 CHAT: dict[str, Any] = {"messages": [USER]}
+EAGER_TOOL = {"name": "f", "input_schema": {}, "eager_input_streaming": True}
 TAKEN: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": [1.0, 2], "max_tokens": 16.0, "n": None, "x": None}),
     ("/v1/completions", {"prompt": [[1], [2.0]], "priority": None, "stop_token_ids": [3.0]}),
@@ -133,6 +134,8 @@ TAKEN: list[tuple[str, dict[str, Any]]] = [
     ("/v1/messages", {"messages": [{"role": "system", "content": ""}, USER], "max_tokens": 1.0}),
     ("/v1/messages", {**CHAT, "max_tokens": 1, "system": []}),
     ("/v1/messages", {**CHAT, "max_tokens": 1, "system": [{"type": "text", "text": ""}]}),
+    ("/v1/messages", {**CHAT, "max_tokens": 1, "tools": [EAGER_TOOL]}),
+    ("/v1/responses", {"input": "x", "include": ["reasoning.encrypted_content"]}),
     ("/tokenize", {"messages": [USER, ANSWER]}),
     ("/tokenize", {"prompt": "x", "add_special_tokens": None}),
     ("/detokenize", {"tokens": [1.0]}),

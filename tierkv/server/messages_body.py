@@ -46,6 +46,12 @@ TextOrBlocks = Annotated[
 ]
 
 
+class Caller(Part):
+    """Who made a call: always the model itself."""
+
+    type: Literal["direct"]
+
+
 class ToolUseBlock(Part):
     """A call that the assistant made."""
 
@@ -53,6 +59,7 @@ class ToolUseBlock(Part):
     id: str
     name: str
     input: dict[str, Any]
+    caller: Caller | None = None
     cache_control: CacheControl | None = None
 
 
@@ -120,13 +127,16 @@ Message = Annotated[
 
 
 class ClientTool(Part):
-    """A tool that the model may call."""
+    """A tool that the model may call; inputs always stream as they come."""
 
     type: Literal["custom"] | None = None
     name: FunctionName
     description: str | None = None
     input_schema: Parameters
     strict: bool | None = None
+    eager_input_streaming: bool | None = None
+    defer_loading: Literal[False] | None = None
+    allowed_callers: list[Literal["direct"]] | None = None
     cache_control: CacheControl | None = None
 
 

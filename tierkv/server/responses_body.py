@@ -195,7 +195,9 @@ class ResponsesBody(SamplingBody):
     tools: list[FunctionTool] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = (
+        None
+    )
     top_logprobs: Whole | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
@@ -207,7 +209,8 @@ class ResponsesBody(SamplingBody):
 
     def chat_fields(self) -> Json:
         """The fields of the chat completion."""
-        wants_logprobs = self.top_logprobs is not None or bool(self.include)
+        includes_logprobs = "message.output_text.logprobs" in (self.include or ())
+        wants_logprobs = self.top_logprobs is not None or includes_logprobs
         return {
             **self.sampling_fields(),
             "chat_template_kwargs": self.chat_template_kwargs,

@@ -65,12 +65,14 @@ class Load(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A name that requests may use."""
+    """A name that requests may use; `root` is the model that it stands for."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    parent: None
     max_model_len: int
 
 

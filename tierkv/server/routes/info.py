@@ -53,12 +53,15 @@ class InfoRoutes:
         return JSONResponse(error_body(fix, "server_error", None, "reset_unconfirmed"), 503)
 
     def _card(self, name: str) -> Json:
+        info = self._context.engine.info
         return {
             "id": name,
             "object": "model",
             "created": self._context.created,
             "owned_by": "tierkv",
-            "max_model_len": self._context.engine.info.max_model_len,
+            "root": info.model,
+            "parent": None,
+            "max_model_len": info.max_model_len,
         }
 
 
