@@ -285,6 +285,7 @@ BAD_BODIES: list[tuple[str, Any, int, str | None]] = [
     ("completions", {"prompt": ["x", 1]}, 400, "prompt"),
     ("completions", {"prompt": [1, 99_999]}, 400, "prompt"),
     ("completions", {"prompt": [1, -1]}, 400, "prompt"),
+    ("completions", {"prompt": [1, 2**70]}, 400, "prompt"),
     ("completions", {"prompt": "x" * 5000}, 400, "prompt"),
     ("completions", {"prompt": "x", "model": "other"}, 404, "model"),
     ("completions", {"prompt": "x", "temperature": -1}, 400, "temperature"),
