@@ -14,6 +14,11 @@ from tierkv.server.generation import ChatReply, stream_chunks
 from tierkv.server.replies import Json
 from tierkv.server.turns import Step, Turn
 
+ABORTED = (
+    "the request was aborted: the server is shutting down, or its grammar could not go on (then the"
+    " server's log says why)"
+)
+
 
 def chat_reply(context: ServerContext, body: MappedBody, model: str) -> ChatReply:
     """The chat completion that `body` asks for.

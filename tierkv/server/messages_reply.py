@@ -11,7 +11,7 @@ from pydantic_core import from_json
 from tierkv.server import sse
 from tierkv.server.errors import AbortedError, anthropic_body, describe_error
 from tierkv.server.generation import ChatReply
-from tierkv.server.mapped_reply import MappedReply
+from tierkv.server.mapped_reply import ABORTED, MappedReply
 from tierkv.server.messages_body import MessagesBody
 from tierkv.server.replies import Json
 from tierkv.server.turns import Step, TurnPart
@@ -66,7 +66,7 @@ class MessageReply(MappedReply):
 
     def _require_an_end(self) -> None:
         if self.turn.finish_reason == "abort":
-            raise AbortedError("the request was aborted: the server is shutting down")
+            raise AbortedError(ABORTED)
 
     def _message(self, content: list[Json], **ending: str | None) -> Json:
         return {

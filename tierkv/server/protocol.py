@@ -341,7 +341,7 @@ def whole_numbers(items: list[Any]) -> list[Any]:
 
 
 def is_token_id(value: object) -> bool:
-    """Whether it is a number that a message to the engine can carry; which ids there are, it knows."""
+    """Whether it is a number that a message to the engine can carry."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 

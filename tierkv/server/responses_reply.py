@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from tierkv.server import sse
 from tierkv.server.errors import describe_error
 from tierkv.server.generation import ChatReply
-from tierkv.server.mapped_reply import MappedReply
+from tierkv.server.mapped_reply import ABORTED, MappedReply
 from tierkv.server.replies import Json
 from tierkv.server.responses_body import ResponsesBody
 from tierkv.server.turns import Step, TurnPart
-
-ABORTED = "the request was aborted: the server is shutting down"
 
 
 class ResponseReply(MappedReply):
