@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +14,10 @@ import httpx
 import openai
 import pytest
 from live_app import LiveApp, served
+from starlette.requests import Request
 
 from tierkv.server.app import AppSettings
+from tierkv.server.context import LATE_S, ServerContext
 
 
 def long_body(app: LiveApp, **fields: Any) -> dict[str, Any]:
@@ -109,6 +112,58 @@ def test_a_stream_whose_time_is_over_ends_with_an_error_event(app: LiveApp) -> N
                     extra_body={"ignore_eos": True},
                 )
             )
+
+
+class Endless:
+    """A reply that never ends; notes when it is given up."""
+
+    num_sequences = 2
+
+    def __init__(self) -> None:
+        self.is_over = False
+
+    async def body(self) -> dict[str, Any]:
+        return {}
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        try:
+            while True:
+                yield b"more"
+        finally:
+            self.is_over = True
+
+    def error_event(self, error: Exception) -> bytes:
+        return f"error: {error}".encode()
+
+
+class NoBody:
+    """A body without names of its own."""
+
+    def public_name(self, field: str) -> str:
+        return field
+
+
+def test_a_client_that_does_not_read_holds_nothing_beyond_its_time(app: LiveApp) -> None:
+    """The sender waits for it, and nobody asks for the next event."""
+    former, reply = app.engine.make_watch, Endless()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def stall() -> list[Any]:
+        context = ServerContext(app.engine, AppSettings(["tiny"], request_timeout=0.2))
+        request = Request({"type": "http", "headers": []}, receive)
+        response: Any = await context.answer(request, NoBody(), lambda: reply, stream=True)
+        read = [await anext(response.body_iterator), await anext(response.body_iterator)]
+        before = context.num_sequences
+        await asyncio.sleep(0.2 + LATE_S + 0.5)
+        assert reply.is_over and (before, context.num_sequences) == (2, 0)
+        return read + [event async for event in response.body_iterator]
+
+    try:
+        assert asyncio.run(stall()) == [b"more", b"more", b"error: not read in time, and aborted"]
+    finally:
+        app.engine.make_watch = former
 
 
 def test_a_quick_request_has_time_enough(app: LiveApp) -> None:

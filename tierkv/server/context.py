@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -26,6 +26,8 @@ from tierkv.server.tracing import Tracing
 
 MAX_BODY_BYTES = 64 * 2**20
 JSON_TYPE = "application/json"
+LATE_S = 1.0
+"""How long after its time a stream ends whose client has stopped to read."""
 
 
 @dataclass(slots=True)
@@ -153,9 +155,24 @@ class ServerContext:
                     return JSONResponse(await until_client_leaves(request, reply.body()))
         events = self._events(reply, deadline)
         first = await until_client_leaves(request, anext(events))
-        return StreamingResponse(
-            prepend(first, events, reply), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS
-        )
+        whole = self._whole(first, events, reply, deadline)
+        return StreamingResponse(whole, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS)
+
+    async def _whole(
+        self, first: bytes, rest: AsyncGenerator[bytes, None], reply: Reply, deadline: float | None
+    ) -> AsyncGenerator[bytes, None]:
+        """`first`, then the rest; an error on the way becomes the stream's last event."""
+        late = None if deadline is None else deadline + LATE_S
+        try:
+            async with aclosing(rest) as events, closed_at(events, late) as is_closed:
+                yield first
+                async for event in events:
+                    yield event
+                if is_closed():
+                    self.observability.metrics.timeouts.inc()
+                    raise RequestTimeoutError("not read in time, and aborted")
+        except (RequestError, EngineDeadError, RequestTimeoutError, AbortedError) as error:
+            yield reply.error_event(error)
 
     async def _events(self, reply: Reply, deadline: float | None) -> AsyncGenerator[bytes, None]:
         with self._in_flight(reply.num_sequences):
@@ -243,14 +260,29 @@ async def body_parts(request: Request, most: int) -> AsyncGenerator[bytes, None]
         yield part
 
 
-async def prepend(
-    first: bytes, rest: AsyncGenerator[bytes, None], reply: Reply
-) -> AsyncGenerator[bytes, None]:
-    """`first`, then the rest; an error on the way becomes the stream's last event."""
+@asynccontextmanager
+async def closed_at(
+    events: AsyncGenerator[bytes, None], late: float | None
+) -> AsyncIterator[Callable[[], bool]]:
+    """Close the generator at a time on the event loop's clock, wherever it stands; yields what says
+    whether that was done.
+
+    A client that does not read holds up the sender, and with it everything that would look at the
+    clock. (A generator that runs just then looks at it itself, and cannot be closed.)
+    """
+    tasks: list[asyncio.Task[None]] = []
+
+    async def close() -> None:
+        with suppress(RuntimeError):
+            await events.aclose()
+
+    loop = asyncio.get_running_loop()
+    timer = None
+    if late is not None:
+        timer = loop.call_at(late, lambda: tasks.append(loop.create_task(close())))
     try:
-        async with aclosing(rest) as events:
-            yield first
-            async for event in events:
-                yield event
-    except (RequestError, EngineDeadError, RequestTimeoutError, AbortedError) as error:
-        yield reply.error_event(error)
+        yield lambda: bool(tasks)
+    finally:
+        if timer is not None:
+            timer.cancel()
+        await asyncio.gather(*tasks)
