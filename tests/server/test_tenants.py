@@ -56,6 +56,11 @@ def test_a_file_of_keys(tmp_path: Path) -> None:
         ("sk-secret: a\nsk-secret: b", "is not YAML"),
         ("12345: a", "in quotes"),
         ("' sk-secret': a", "in quotes"),
+        ("'': a", "in quotes"),
+        ("sk-schlüssel: a", "ASCII"),
+        ('"sk-a\\nb": a', "ASCII"),
+        ("sk-secret: {tenant: a, weight: 1" + "0" * 400 + "}", "weight must"),
+        ("sk-secret: {tenant: a, quota: {cpu: 9" + "0" * 30 + "}}", "larger than any tier"),
         ("sk-secret: 3", "needs a tenant"),
         ("sk-secret: {tenant: ''}", "needs a tenant"),
         ("sk-secret: {tenant: a, wieght: 3}", "wieght is no field"),
@@ -152,6 +157,14 @@ def test_a_key_stands_for_one_caller(given: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="given twice") as caught:
         Callers(*given, read_keys(write(tmp_path, FILE)))
     assert "sk-" not in str(caught.value) and "same" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["", " k", "k\n", "schlüssel", "\x00"])
+@pytest.mark.parametrize("option", ["api_key", "admin_api_key"])
+def test_a_key_that_no_request_can_bring_is_refused(option: str, key: str) -> None:
+    with pytest.raises(ConfigError, match="ASCII") as caught:
+        Callers(**{option: key})
+    assert caught.value.option == option
 
 
 def test_a_prompt_becomes_its_callers() -> None:

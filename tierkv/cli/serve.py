@@ -176,15 +176,19 @@ def read(namespace: argparse.Namespace) -> tuple[ServeOptions, EngineConfig]:
 def settings(options: ServeOptions, config: EngineConfig) -> AppSettings:
     """What the application needs of the options."""
     from tierkv.server.app import AppSettings
-    from tierkv.server.tenants import read_keys
+    from tierkv.server.tenants import Callers, read_keys
     from tierkv.server.tracing import tracing_to
 
     endpoint = options.otlp_traces_endpoint
+    api_key = options.api_key or os.environ.get(KEY_VARIABLE) or None
+    admin_api_key = options.admin_api_key or os.environ.get(ADMIN_KEY_VARIABLE) or None
+    tenants = read_keys(options.api_keys) if options.api_keys is not None else {}
+    Callers(api_key, admin_api_key, tenants)  # what is wrong with them is said before loading
     return AppSettings(
         model_names=options.served_model_name or [config.model],
-        api_key=options.api_key or os.environ.get(KEY_VARIABLE) or None,
-        admin_api_key=options.admin_api_key or os.environ.get(ADMIN_KEY_VARIABLE) or None,
-        tenants=read_keys(options.api_keys) if options.api_keys is not None else {},
+        api_key=api_key,
+        admin_api_key=admin_api_key,
+        tenants=tenants,
         chat_template=options.chat_template,
         max_sequences=config.max_num_seqs + options.max_waiting,
         request_timeout=options.request_timeout,

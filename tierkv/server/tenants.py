@@ -37,6 +37,9 @@ from tierkv.types import TierName
 OPTION = "api_keys"
 _FIELDS = ("tenant", "cache_salt", "quota", "weight", "admin")
 _TIERS = [tier.value for tier in TierName]
+MOST_WEIGHT = 1_000_000
+MOST_BYTES = 2**60
+SENDABLE = "ASCII text without spaces around it, as headers can carry"
 
 
 @dataclass(slots=True, frozen=True)
@@ -111,7 +114,7 @@ class Callers:
         tenants: callers by key, from `read_keys`.
 
     Raises:
-        ConfigError: one key stands for two callers.
+        ConfigError: one key stands for two callers, or no request could bring it.
     """
 
     def __init__(
@@ -126,6 +129,8 @@ class Callers:
         self._secret = secrets.token_bytes(32)
         given = {api_key: NOBODY, admin_api_key: Caller(Tenant(), is_admin=True)}
         for name, key in (("api_key", api_key), ("admin_api_key", admin_api_key)):
+            if key is not None and not is_sendable(key):
+                raise ConfigError(name, "<key>", f"must be {SENDABLE}")
             if key is not None and (key in tenants or api_key == admin_api_key):
                 raise ConfigError(name, "<key>", "is given twice: each key stands for one caller")
         known = {**tenants, **{key: who for key, who in given.items() if key is not None}}
@@ -187,6 +192,11 @@ class Callers:
         prompt.tenant, prompt.cache_salt = tenant.name, tenant.salt(prompt.cache_salt)
 
 
+def is_sendable(key: str) -> bool:
+    """Whether the header of a request can carry a key as it is."""
+    return bool(key) and key.isascii() and key.isprintable() and key == key.strip()
+
+
 def key_of(request: Request) -> str:
     """The key that a request brings, or nothing."""
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
@@ -228,9 +238,8 @@ class _Reader:
         }
 
     def _key(self, key: object, number: int) -> str:
-        if not isinstance(key, str) or not key or key != key.strip():
-            fix = "must be text without spaces around it: put it in quotes"
-            self._refuse(f"the key of entry {number} {fix}")
+        if not isinstance(key, str) or not is_sendable(key):
+            self._refuse(f"the key of entry {number} must be {SENDABLE}: put it in quotes")
         return key
 
     def _fields(self, entry: object) -> dict[str, Any]:
@@ -264,12 +273,14 @@ class _Reader:
         if not isinstance(salt, str):
             self._refuse(f"{name}: cache_salt must be text")
         is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not is_number or not 0 < weight < float("inf"):
-            self._refuse(f"{name}: weight must be a number above 0")
+        if not is_number or not 0 < weight <= MOST_WEIGHT:
+            self._refuse(f"{name}: weight must be a number above 0, at most {MOST_WEIGHT:,}")
         quota = {} if quota is None else quota
         if not isinstance(quota, dict) or not all(tier in _TIERS for tier in quota):
             self._refuse(f"{name}: quota maps {', '.join(_TIERS)} to bytes, as {{cpu: 4GiB}}")
         sizes = {tier: parse_bytes(size, OPTION) for tier, size in quota.items()}
+        if any(size > MOST_BYTES for size in sizes.values()):
+            self._refuse(f"{name}: a quota is larger than any tier: leave it out for none")
         return Tenant(name, salt, float(weight), sizes)
 
     def _check_salts(self, tenants: Iterable[Tenant]) -> None:
