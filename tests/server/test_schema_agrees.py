@@ -126,6 +126,11 @@ TAKEN: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", {"messages": [USER, ANSWER], "add_generation_prompt": None}),
     ("/v1/chat/completions", {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]}),
     ("/v1/chat/completions", {**CHAT, "stream": True, "stream_options": {"include_usage": None}}),
+    (
+        "/v1/chat/completions",
+        {**CHAT, "stream": True, "stream_options": {"include_obfuscation": False}},
+    ),
+    ("/v1/chat/completions", {**CHAT, "top_logprobs": 0, "bad_words": [], "store": False}),
     ("/v1/chat/completions", {**CHAT, "metadata": {"a": "b"}, "prompt_cache_key": "k"}),
     ("/v1/chat/completions", {**CHAT, "verbosity": "medium", "reasoning_effort": "none"}),
     ("/v1/responses", {"input": "", "instructions": "", "max_output_tokens": 5.0}),

@@ -22,7 +22,9 @@ NULL = {"type": "null"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "add_special_tokens": (False,),
+    "bad_words": ([],),
     "functions": ([],),
+    "logits_processors": ([],),
     "modalities": (["text"],),
     "store": (False,),
     "service_tier": ("auto", "default"),
@@ -38,13 +40,11 @@ EMPTY: tuple[Any, ...] = (None, [])
 NOT_SERVED = (
     *NEUTRAL,
     "audio",
-    "bad_words",
     "chat_template",
     "documents",
     "function_call",
     "guided_decoding_backend",
     "guided_whitespace_pattern",
-    "logits_processors",
     "mm_processor_kwargs",
     "prediction",
     "request_id",

@@ -6,7 +6,7 @@ Only what is real is accepted. A field of OpenAI's API that changes nothing at t
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 from pydantic import PrivateAttr, model_validator
 
@@ -36,10 +36,11 @@ _LONGEST = 2**31  # tokens: up to the end of the context
 
 class StreamOptions(Model):
     """`include_usage` adds a last chunk with the token counts; `continuous_usage_stats` (vLLM's)
-    puts the counts so far into every chunk as well."""
+    puts the counts so far into every chunk as well. There is no obfuscation to turn off."""
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] | None = None
 
 
 class GenerationBody(Model):
@@ -259,7 +260,7 @@ class ChatBody(GenerationBody):
     def check_chat(self) -> Self:
         if not self.messages:
             raise RequestError("messages", [], "must hold at least one message")
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs", self.top_logprobs, "needs logprobs=true")
         if self.prompt_logprobs is not None and self.stream:
             raise RequestError("prompt_logprobs", self.prompt_logprobs, "needs stream=false")
