@@ -106,6 +106,21 @@ def test_the_least_used_sessions_are_forgotten() -> None:
     assert len(sessions) == 3
 
 
+def test_a_flood_of_one_tenant_makes_no_other_be_forgotten() -> None:
+    sessions = Sessions(most_keys=20, most_sessions=10)
+    for tenant in ("a", "b"):
+        sessions.begun(tenant, "s")
+        sessions.ended(tenant, "s", "", keys(3))
+    for number in range(50):
+        sessions.begun("b", f"many {number}")
+    assert len(sessions) == 10 and (sessions.count("a"), sessions.count("b")) == (1, 9)
+    for number in range(50):
+        sessions.ended("b", f"large {number}", "", keys(8))
+        assert sessions.find("a", "s") is not None
+    assert sessions.find("b", "large 49") is not None
+    assert (sessions.count("a"), sessions.count("nobody")) == (1, 0)
+
+
 def test_one_session_may_be_too_large() -> None:
     sessions = Sessions(most_keys=4)
     sessions.ended("", "a", "", keys(5))

@@ -325,6 +325,19 @@ def test_tenants_share_the_budget_by_weight() -> None:
     assert run.control.stats()["pins"]["pinned_bytes"] == 12 * 32
 
 
+def test_no_tenant_has_all_the_pins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tierkv.cache.keeps._MOST_PINS", 4)
+    run = KvRun(num_blocks=24, cpu_blocks=60, pin_budget=32 * 60)
+    run.set_tenants(a={}, b={})
+    for tenant in ("a", "b"):
+        run.ask(PROMPT, tenant=tenant)
+        for count in (1, 2):
+            run.control.pin(tenant, tenant, PROMPT[: count * BLOCK])
+        run.control.pin(tenant, tenant, PROMPT[:BLOCK])  # again: in the place of the first
+        with pytest.raises(ConflictError, match="at most 2 pins"):
+            run.control.pin(tenant, tenant, PROMPT[: 3 * BLOCK])
+
+
 def test_tenants_whose_names_run_into_session_ids_have_pins_of_their_own() -> None:
     run = KvRun(num_blocks=24, cpu_blocks=60, pin_budget=32 * 60)
     run.set_tenants(**{"a": {}, "a b": {}})

@@ -148,8 +148,9 @@ class Keeps:
 
     def _check_budget(self, tenant: str, keys: list[BlockKey]) -> None:
         new = len(set(keys) - self._counts.keys())
-        if len(self.pins) >= _MOST_PINS:
-            raise ConflictError("pin", len(self.pins), f"at most {_MOST_PINS} pins: unpin some")
+        count = sum(pin.tenant == tenant for pin in self.pins.values())
+        if count >= (most := self._part(tenant, _MOST_PINS)):
+            raise ConflictError("pin", count, f"at most {most} pins: unpin some")
         for who, used, most in (
             ("", len(self._counts), self.budget),
             (
@@ -164,10 +165,13 @@ class Keeps:
 
     def share(self, tenant: str) -> int:
         """Blocks that the tenant may pin."""
+        return self._part(tenant, self.budget)
+
+    def _part(self, tenant: str, whole: int) -> int:
         weights = self.weights
         if not weights:
-            return self.budget
-        return int(self.budget * weights.get(tenant, 1.0) / sum(weights.values()))
+            return whole
+        return int(whole * weights.get(tenant, 1.0) / sum(weights.values()))
 
     def _add(self, name: str, pin: Pin) -> None:
         self.pins[name] = pin

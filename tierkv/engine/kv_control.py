@@ -147,7 +147,7 @@ class KvControl:
                 "pinned_bytes": pinned * size,
                 "budget_bytes": budget * size,
             },
-            "sessions": len(self.sessions),
+            "sessions": len(self.sessions) if tenant is None else self.sessions.count(tenant),
             "tenants": {share.tenant: self._share_stats(share) for share in shares},
             **self.pending(),
         }
@@ -319,7 +319,7 @@ class KvControl:
             reading = self._need_port().read(tier, block.copies[tier].slot, key)
         if not reading.done():
             if len(self._reads) >= _MOST_READS:
-                self._reads.clear()
+                del self._reads[next(iter(self._reads))]
             self._reads[key] = reading
             return []
         payload = reading.result()
