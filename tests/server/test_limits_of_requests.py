@@ -174,6 +174,24 @@ def test_a_quick_request_has_time_enough(app: LiveApp) -> None:
         assert "[DONE]" in response.text
 
 
+# -- pages elsewhere -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("site", "status"), [("cross-site", 415), ("same-site", 415), ("same-origin", 200), ("", 200)]
+)
+def test_a_page_elsewhere_cannot_send_what_browsers_do_not_ask_about(
+    app: LiveApp, site: str, status: int
+) -> None:
+    """They send a body without a type unasked, and one of JSON only where that is allowed."""
+    raw = json.dumps({"prompt": "x", "max_tokens": 1})
+    headers = {"Sec-Fetch-Site": site} if site else {}
+    response = app.http.post("/v1/completions", content=raw, headers=headers)
+    assert response.status_code == status
+    headers["Content-Type"] = "application/json"
+    assert app.http.post("/v1/completions", content=raw, headers=headers).status_code == 200
+
+
 # -- clients that leave ----------------------------------------------------------------------------
 
 

@@ -236,7 +236,8 @@ async def read_body(request: Request) -> bytes:
     Raises:
         HTTPException: it is too large, or says that it is something else than JSON.
     """
-    kind = request.headers.get("content-type", JSON_TYPE)
+    is_page_elsewhere = request.headers.get("sec-fetch-site") in ("cross-site", "same-site")
+    kind = request.headers.get("content-type", "" if is_page_elsewhere else JSON_TYPE)
     if kind.partition(";")[0].strip().lower() != JSON_TYPE:
         raise HTTPException(415, f"Content-Type={kind[:80]!r}: must be {JSON_TYPE}")
     return b"".join([part async for part in body_parts(request, MAX_BODY_BYTES)])
