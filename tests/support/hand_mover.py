@@ -188,6 +188,7 @@ class Bench:
     def run(self) -> list[Move]:
         """One step's moves: poll, then begin; returns those in flight."""
         self.cache.poll()
+        self.cache.write_back()
         self.cache.begin(self.cache.take_moves())
         return self.mover.moves
 

@@ -109,7 +109,7 @@ class LedgerMover:
     def wait(self, timeout_s: float) -> None:
         self._clock.time += timeout_s
         if self.pending:
-            self._results.append(self._copy(self.pending.pop()))
+            self._results.append(self._copy(self.pending.pop(0 if self._is_ordered else -1)))
 
     def erase(self, slots: Sequence[int]) -> None:
         self.erased.extend(slots)

@@ -464,12 +464,15 @@ class TieredCache:
         if tail is not None:
             seq.tail, seq.tail_tokens = tail, tokens
 
+    def write_back(self) -> None:
+        """Begin to write down what earlier steps offered, before room is made for anything new:
+        a block that is on its way cannot be evicted from the pool."""
+        if self.lower is not None:
+            self.lower.pump()
+
     def take_moves(self) -> list[Move]:
-        """Moves to begin with the next step; write-backs join what was decided."""
-        if self.moves is None or self.lower is None:
-            return []
-        self.lower.pump()
-        return self.moves.take_begun()
+        """Moves that were decided, to begin with the next step."""
+        return [] if self.moves is None else self.moves.take_begun()
 
     def begin(self, moves: list[Move]) -> None:
         """Start moves; does not wait."""

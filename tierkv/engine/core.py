@@ -251,6 +251,7 @@ class EngineCore:
     def work_in_background(self) -> None:
         """Advance moves while there is no request; does not wait."""
         self.cache.poll()
+        self.cache.write_back()
         self.cache.begin(self.cache.take_moves())
         self.control.sleeper.advance()
 

@@ -158,6 +158,7 @@ class Scheduler:
     def plan(self) -> Plan:
         """Decide the next step; advances the counts of every sequence in it."""
         plan = Plan()
+        self.cache.write_back()
         self._preemptor.finish_swaps()
         self._start_loaded()
         self._loader.note_ended(self.running)
