@@ -194,10 +194,10 @@ def _serve(inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> int:
     _, (options,) = wire.unpack(inbox.recv())
     try:
         engine = EngineCore.from_config(EngineConfig.from_mapping(options))
+        if engine.grammars is not None:
+            engine.grammars.preload()
     except BaseException as error:
         return _report("failed", error, outbox)
-    if engine.grammars is not None:
-        engine.grammars.preload()
     # The model's objects live as long as the process: no collection need look at them again.
     gc.collect()
     gc.freeze()
