@@ -15,7 +15,6 @@ from tierkv.errors import RequestError
 from tierkv.server.fields import (
     LIST,
     TEXT,
-    HintsBody,
     Model,
     Stop,
     TextOrList,
@@ -24,7 +23,7 @@ from tierkv.server.fields import (
     text_or_list,
 )
 from tierkv.server.parsing import parse_object, place, request_error, unknown_field
-from tierkv.server.protocol import ChatBody
+from tierkv.server.protocol import ChatBody, CommonFields
 
 __all__ = [
     "LIST",
@@ -112,31 +111,14 @@ class MappedBody(Part):
         return field
 
 
-class SamplingBody(MappedBody):
-    """Sampling fields of completions, under the same names."""
+class SamplingBody(MappedBody, CommonFields):
+    """A body with the sampling fields of completions, under the same names."""
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Whole | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: Whole | None = None
-    stop_token_ids: list[Whole] | None = None
-    ignore_eos: bool | None = None
-    min_tokens: Whole | None = None
-    logit_bias: dict[str, float] | None = None
     priority: Whole | None = None
-    cache_salt: str | None = None
-    kv_hints: HintsBody | None = None
 
     def sampling_fields(self) -> dict[str, Any]:
         """Those of the chat completion."""
-        return {name: getattr(self, name) for name in SAMPLING_FIELDS}
-
-
-SAMPLING_FIELDS = tuple(set(SamplingBody.model_fields) - set(MappedBody.model_fields))
+        return {name: getattr(self, name) for name in (*CommonFields.model_fields, "priority")}
 
 
 def by_field(field: str, tags: dict[str, str], *, default: str | None = None) -> Discriminator:

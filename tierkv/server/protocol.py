@@ -43,11 +43,10 @@ class StreamOptions(Model):
     include_obfuscation: Literal[False] | None = None
 
 
-class GenerationBody(Model):
-    """The fields that both kinds of completions share; null means not given."""
+class CommonFields(Model):
+    """What every kind of body says of sampling and of its KV in the same words; null means not
+    given."""
 
-    model: str | None = None
-    n: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: Whole | None = None
@@ -56,13 +55,22 @@ class GenerationBody(Model):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: Whole | None = None
-    stop: Stop | None = None
     stop_token_ids: list[Whole] | None = None
     ignore_eos: bool | None = None
-    max_tokens: Whole | None = None
     min_tokens: Whole | None = None
-    prompt_logprobs: Whole | None = None
     logit_bias: dict[str, float] | None = None
+    cache_salt: str | None = None
+    kv_hints: HintsBody | None = None
+
+
+class GenerationBody(CommonFields):
+    """The fields that both kinds of completions share; null means not given."""
+
+    model: str | None = None
+    n: Whole | None = None
+    stop: Stop | None = None
+    max_tokens: Whole | None = None
+    prompt_logprobs: Whole | None = None
     allowed_token_ids: list[Whole] | None = None
     truncate_prompt_tokens: Whole | None = None
     skip_special_tokens: bool | None = None
@@ -82,8 +90,6 @@ class GenerationBody(Model):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Whole = 0
-    cache_salt: str | None = None
-    kv_hints: HintsBody | None = None
     user: str | None = None
     _form: Form | None = PrivateAttr(None)
 

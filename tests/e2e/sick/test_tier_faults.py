@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sick_tiers import NUM_PROMPTS, SparseIo, Ward, serve, watchdog
-from tier_victim import config
-from tiny_models import save_model
+from sick_tiers import NUM_PROMPTS, SparseIo, Ward, serve
 
 from tierkv.cli.main import main
 from tierkv.engine.core import EngineCore
@@ -28,31 +26,6 @@ from tierkv.storage.io_posix import PosixIo
 from tierkv.storage.lock import holder
 
 ALL, HALF = range(NUM_PROMPTS), range(0, NUM_PROMPTS, 2)
-LIMIT_S = 60
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path) -> dict[int, list[int]]:
-    core = EngineCore.from_config(config(str(model), num_gpu_blocks=2000))
-    return serve(core, list(ALL))
-
-
-@pytest.fixture(autouse=True)
-def no_hang() -> Iterator[None]:
-    with watchdog(LIMIT_S):
-        yield
-
-
-@pytest.fixture
-def ward(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ward]:
-    made = Ward(monkeypatch)
-    yield made
-    made.release()
 
 
 def store_below(path: Path) -> Path:
