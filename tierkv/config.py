@@ -51,6 +51,14 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def check_choices(options: Any) -> None:
+    """Raise ConfigError for the first field that is none of its choices, nor its default."""
+    for f in dataclasses.fields(options):
+        choices, value = f.metadata.get("choices"), getattr(options, f.name)
+        if choices and value != f.default and value not in choices:
+            raise ConfigError(f.name, value, f"choose one of {', '.join(choices)}")
+
+
 @dataclass(slots=True, kw_only=True)
 class EngineConfig:
     """Options of the engine. Sizes take integers (bytes) or strings such as "2GiB".
@@ -121,7 +129,7 @@ class EngineConfig:
         self.model = self._path("model", self.model)
         if self.tokenizer is not None:
             self.tokenizer = self._path("tokenizer", self.tokenizer)
-        self._check_choices()
+        check_choices(self)
         self._check_integers()
         self._check_tiers()
         self._check_types()
@@ -149,14 +157,6 @@ class EngineConfig:
         share = self.load_timeout
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not share > 0:
             raise ConfigError("load_timeout", share, "must be a number of seconds above 0")
-
-    def _check_choices(self) -> None:
-        for f in dataclasses.fields(self):
-            choices = f.metadata.get("choices")
-            if choices and getattr(self, f.name) not in choices:
-                raise ConfigError(
-                    f.name, getattr(self, f.name), f"choose one of {', '.join(choices)}"
-                )
 
     def _check_integers(self) -> None:
         for name in (

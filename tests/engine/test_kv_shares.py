@@ -98,7 +98,9 @@ def test_counts_follow_sequences_that_are_preempted(kind: str) -> None:
     names = [run.add(prompt_of(i, 12), tenant="ab"[i % 2], tokens=16) for i in range(8)]
     run.finish()
     run.settle()
-    assert run.core.metrics()["preemptions"] > 0
+    counted = run.core.metrics()
+    assert counted["preemptions"] > 0
+    assert (counted["swaps"] > 0) == (kind == "swap")
     assert all(len(run.got[name]) == 16 for name in names)
     assert share_of(run, "a").counts[CPU] <= 12
 

@@ -78,6 +78,7 @@ def events(app: LiveApp, path: str, fields: dict[str, Any]) -> Iterator[dict[str
 
 def test_lists_of_models(app: LiveApp) -> None:
     found = app.http.get("/v1/models").json()
+    assert found["data"]
     for card in found["data"]:
         openai.types.Model.model_validate(card)
         assert card["root"] == app.engine.info.model

@@ -140,6 +140,8 @@ def test_token_ids_that_the_model_does_not_have(kv: LiveApp, path: str, token_id
 def test_a_prefix_longer_than_any_request(kv: LiveApp, path: str) -> None:
     length = kv.engine.info.max_model_len + 1
     assert "max_model_len" in refused(call(kv, path, prompt=[1] * length), 400)
+    talk = [{"role": "user", "content": "a" * length}]
+    assert "max_model_len" in refused(call(kv, path, messages=talk), 400)
 
 
 def test_another_model_is_404(kv: LiveApp) -> None:
@@ -447,21 +449,24 @@ def test_tenants_see_their_own_numbers(shared: LiveApp) -> None:
 
 
 def test_a_flood_of_one_tenant_leaves_room_in_the_queue_for_others(shared: LiveApp) -> None:
-    stop = threading.Event()
+    stop, refused = threading.Event(), threading.Event()
 
     def flood() -> None:
         while not stop.is_set():
-            httpx.post(
+            response = httpx.post(
                 f"{shared.url}/v1/completions",
                 json={"prompt": "flood", "max_tokens": 100, "ignore_eos": True},
                 headers={"Authorization": "Bearer key-a"},
                 timeout=300,
             )
+            if response.status_code == 503:
+                refused.set()
 
     threads = [threading.Thread(target=flood) for _ in range(10)]
     for thread in threads:
         thread.start()
     try:
+        assert refused.wait(60), "the queue of a is full"
         for _ in range(5):
             cached_by(shared, "key-b", max_tokens=2)
     finally:

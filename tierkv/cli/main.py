@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
 
+from tierkv import __version__
 from tierkv.cli.options import USAGE_ERROR, CommandError, Parser, explain
 from tierkv.errors import ConfigError, EngineDeadError, RequestError
 
@@ -35,8 +35,7 @@ def overview() -> Parser:
         description="Serve language models whose KV cache outgrows the GPU.",
         epilog=f"commands:\n{listing}\n\n`tierkv COMMAND --help` shows a command's options.",
     )
-    version = importlib.metadata.version("tierkv")
-    parser.add_argument("--version", action="version", version=f"tierkv {version}")
+    parser.add_argument("--version", action="version", version=f"tierkv {__version__}")
     return parser
 
 

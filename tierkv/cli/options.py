@@ -14,7 +14,7 @@ import difflib
 import sys
 import types
 import typing
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ import yaml
 from tierkv.cli import foreign
 from tierkv.config import check_names
 from tierkv.errors import ConfigError, TierkvError
+from tierkv.strict_yaml import OnceLoader
 
 _Group = argparse._ActionsContainer
 """A parser, or a group of its flags."""
@@ -203,19 +204,6 @@ def load_yaml(path: str) -> dict[str, Any]:
     if len(found) < len(values):
         raise ConfigError("config", path, "gives an option twice, with dashes and underscores")
     return found
-
-
-class OnceLoader(yaml.SafeLoader):
-    """A key that comes twice is an error: the second would silently win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in names:
-                where = f"{key.value} is given again in line {key.start_mark.line + 1}"
-                raise yaml.constructor.ConstructorError(problem=where)
-            names.add(str(key.value))
-        return super().construct_mapping(node, deep)
 
 
 def check_types(values: Mapping[str, Any], owners: Iterable[type]) -> None:

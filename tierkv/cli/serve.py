@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import logging
 import os
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from tierkv.cli.options import (
     split_options,
     take_model,
 )
-from tierkv.config import EngineConfig, option
+from tierkv.config import EngineConfig, check_choices, option
 from tierkv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -98,18 +97,9 @@ class ServeOptions:
         if self.enable_auto_tool_choice and self.tool_call_parser is None:
             fix = "also needs --tool-call-parser: how the model writes calls"
             raise ConfigError("enable_auto_tool_choice", True, fix)
-        for name in ("tool_call_parser", "log_format", "uvicorn_log_level"):
-            check_choice(self, name)
+        check_choices(self)
         if self.chat_template is not None:
             self.chat_template = read_template(self.chat_template)
-
-
-def check_choice(options: ServeOptions, name: str) -> None:
-    """Raise ConfigError unless the option's value is one of its choices; YAML may say anything."""
-    field = next(f for f in dataclasses.fields(options) if f.name == name)
-    choices, value = field.metadata["choices"], getattr(options, name)
-    if value != field.default and value not in choices:
-        raise ConfigError(name, value, f"choose one of {', '.join(choices)}")
 
 
 def read_template(value: str) -> str:

@@ -114,11 +114,9 @@ class MappedBody(Part):
 class SamplingBody(MappedBody, CommonFields):
     """A body with the sampling fields of completions, under the same names."""
 
-    priority: Whole | None = None
-
     def sampling_fields(self) -> dict[str, Any]:
         """Those of the chat completion."""
-        return {name: getattr(self, name) for name in (*CommonFields.model_fields, "priority")}
+        return {name: getattr(self, name) for name in CommonFields.model_fields}
 
 
 def by_field(field: str, tags: dict[str, str], *, default: str | None = None) -> Discriminator:

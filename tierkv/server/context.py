@@ -98,7 +98,6 @@ class ServerContext:
     def __init__(self, engine: AsyncLLM, settings: AppSettings) -> None:
         self.engine, self.settings = engine, settings
         self.created = int(time.time())
-        self.num_sequences = 0
         self.callers = Callers(settings.api_key, settings.admin_api_key, settings.tenants)
         self._num_of: Counter[str] = Counter()
         self.is_exiting = False  # streams that would never end then do
@@ -212,6 +211,11 @@ class ServerContext:
             fix = f"not answered within {self.settings.request_timeout} s, and aborted"
             raise RequestTimeoutError(fix) from None
 
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in flight, of all tenants."""
+        return self._num_of.total()
+
     @contextmanager
     def _in_flight(self, count: int) -> Iterator[None]:
         limit, tenant = self.settings.max_sequences, self.callers.tenant_name()
@@ -221,12 +225,10 @@ class ServerContext:
         if self._num_of[tenant] + count > limit:
             fix = f"{self._num_of[tenant]} of {limit} sequences are in flight: try again later"
             raise QueueFullError("n", count, fix)
-        self.num_sequences += count
         self._num_of[tenant] += count
         try:
             yield
         finally:
-            self.num_sequences -= count
             self._num_of[tenant] -= count
 
 

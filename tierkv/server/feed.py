@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import importlib.metadata
 import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
+from tierkv import __version__
 from tierkv.engine.async_llm import AsyncLLM
 from tierkv.engine.cells import LEVELS
 from tierkv.engine.observe import ROW
@@ -90,10 +90,13 @@ class Feed:
             yield sse.event(self._hello())
             if self._task is None or self._task.done():
                 self._task = asyncio.create_task(self._look())
-            while not watcher.is_over:
+            is_over = False
+            while not is_over:
                 if self._is_exiting():
                     self._stop()
-                yield await watcher.next()
+                event = await watcher.next()
+                is_over = watcher.is_over and event is not HEARTBEAT
+                yield event
         finally:
             self._watchers.discard(watcher)
 
@@ -123,7 +126,7 @@ class Feed:
         info = self._engine.info
         return {
             "type": "hello",
-            "version": importlib.metadata.version("tierkv"),
+            "version": __version__,
             "model": self._model_name,
             "dtype": info.dtype,
             "device": info.device,

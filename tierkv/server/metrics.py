@@ -6,11 +6,12 @@ Every application has a registry of its own. The engine's numbers are added to i
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.exposition import choose_encoder
+
+from tierkv import __version__
 
 _MILLISECONDS = (1, 2.5, 5, 10, 20, 40, 60, 80, 100, 150, 200, 300, 500, 750, 1000, 2500)
 _SHORT_S = tuple(milliseconds / 1000 for milliseconds in _MILLISECONDS)
@@ -59,7 +60,7 @@ class FrontEndMetrics:
         for reason in FINISH_REASONS:
             self.finished.labels(reason)
         version = self._gauge("build_info", "the version that serves", ["version"])
-        version.labels(importlib.metadata.version("tierkv")).set(1)
+        version.labels(__version__).set(1)
 
     def _add_times(self) -> None:
         text = "from a request's arrival to its first token"

@@ -30,7 +30,7 @@ access = logging.getLogger("tierkv.access")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 """Clients may send any word; each would be a series of its own."""
 
-QUIET_ROUTES = ("/health", "/metrics", "/dashboard/request")
+QUIET_ROUTES = ("/health", "/ping", "/metrics", "/dashboard/request")
 """Probes, scrapes and open windows ask every few seconds: nobody wants a line for each."""
 
 

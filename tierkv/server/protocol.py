@@ -59,6 +59,7 @@ class CommonFields(Model):
     ignore_eos: bool | None = None
     min_tokens: Whole | None = None
     logit_bias: dict[str, float] | None = None
+    priority: Whole = 0
     cache_salt: str | None = None
     kv_hints: HintsBody | None = None
 
@@ -89,7 +90,6 @@ class GenerationBody(CommonFields):
     return_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: Whole = 0
     user: str | None = None
     _form: Form | None = PrivateAttr(None)
 

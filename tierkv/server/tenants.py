@@ -18,7 +18,7 @@ salt is hashed together with it, so that no request can name another tenant's.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -32,6 +32,7 @@ from starlette.requests import Request
 from tierkv.config import parse_bytes
 from tierkv.engine.inputs import ParsedPrompt
 from tierkv.errors import ConfigError, InvariantError
+from tierkv.strict_yaml import OnceLoader
 from tierkv.types import TierName
 
 OPTION = "api_keys"
@@ -210,7 +211,7 @@ def read_keys(path: str) -> dict[str, Caller]:
         ConfigError: it cannot be read, or says something that has no meaning.
     """
     try:
-        values = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _StrictLoader)
+        values = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), OnceLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(OPTION, path, f"cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -293,13 +294,3 @@ class _Reader:
 
     def _refuse(self, fix: str) -> NoReturn:
         raise ConfigError(OPTION, self._path, fix)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """A key that comes twice is an error: the second would silently win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        found = [self.construct_object(key, deep=True) for key, _ in node.value]
-        if len(set(map(repr, found))) != len(found):
-            raise yaml.constructor.ConstructorError(problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-
 from fastapi import APIRouter, Depends
 from fastapi.responses import JSONResponse, Response
 
+from tierkv import __version__
 from tierkv.server.context import ServerContext
 from tierkv.server.openapi import operation
 from tierkv.server.replies import Json, error_body
@@ -26,7 +25,7 @@ class InfoRoutes:
 
     async def version(self) -> Json:
         """The version of tierkv."""
-        return {"version": importlib.metadata.version("tierkv")}
+        return {"version": __version__}
 
     async def load(self) -> Json:
         """Sequences in flight: those that run and those that wait."""

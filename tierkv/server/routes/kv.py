@@ -70,8 +70,9 @@ class KvRoutes:
         model = self._context.known_model(body.model)
         with naming_fields_of(body):
             if body.messages is not None:
-                return await chat_reply(self._context, body, model).prompt_token_ids()
-            token_ids = await self._engine.tokenize(body.prompt or [])
+                token_ids = await chat_reply(self._context, body, model).prompt_token_ids()
+            else:
+                token_ids = await self._engine.tokenize(body.prompt or [])
         most = self._engine.info.max_model_len
         if len(token_ids) > most:
             fix = f"is longer than any request can be: max_model_len is {most}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Annotated, Any
 
@@ -37,12 +37,8 @@ class KvAdminRoutes:
     async def flush(self, request: Request) -> Response:
         """Return when all that is on its way to a lower tier has arrived."""
         seconds = (await self._wait_body(request)).timeout
-
-        async def is_done() -> bool:
-            return not any((await self._engine.kv("pending")).values())
-
-        is_flushed = await self._until(is_done, seconds)
-        return JSONResponse({"flushed": is_flushed, **await self._engine.kv("pending")})
+        found = await self._ask_until("pending", lambda f: not any(f.values()), seconds)
+        return JSONResponse({"flushed": not any(found.values()), **found})
 
     async def export(
         self, session_id: Annotated[str, Query()], tenant: Annotated[str | None, Query()] = None
@@ -95,24 +91,23 @@ class KvAdminRoutes:
 
     async def _sleep(self, seconds: float) -> Json:
         await self._engine.kv("sleep")
-
-        async def is_over() -> bool:
-            state: str = (await self._engine.kv("sleep_state"))["state"]
-            return state != "falling asleep"
-
-        if not await self._until(is_over, seconds):
+        falling = "falling asleep"
+        found = await self._ask_until("sleep_state", lambda f: f["state"] != falling, seconds)
+        if found["state"] == falling:
             fix = f"is not over in {seconds:g} s: what goes down has not arrived; it goes on"
-            raise ConflictError("sleep", "falling asleep", fix)
-        found: Json = await self._engine.kv("sleep_state")
+            raise ConflictError("sleep", falling, fix)
         return found
 
-    async def _until(self, is_done: Callable[[], Awaitable[bool]], seconds: float) -> bool:
+    async def _ask_until(
+        self, question: str, is_over: Callable[[Json], bool], seconds: float
+    ) -> Json:
+        """The first answer that says it is over, or the last one in time."""
         end = time.monotonic() + seconds
-        while not await is_done():
-            if time.monotonic() > end:
-                return False
+        while True:
+            found: Json = await self._engine.kv(question)
+            if is_over(found) or time.monotonic() > end:
+                return found
             await asyncio.sleep(_PAUSE_S)
-        return True
 
     async def _wait_body(self, request: Request) -> WaitBody:
         if request.headers.get("content-length") == "0":
@@ -137,7 +132,7 @@ def router(context: ServerContext) -> APIRouter:
     """`/kv/flush`, `/kv/export`, `/kv/import`, `/kv/sleep`, `/kv/wake`, and vLLM's spellings."""
     routes, api = APIRouter(dependencies=[Depends(context.check_admin)]), KvAdminRoutes(context)
     errors: dict[str, Any] = {"errors": (*BODY_ERRORS, 409, 503), "is_admin": True}
-    file = {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}
+    file = {MEDIA_TYPE: {"schema": BINARY}}
     about = operation("tierkv", **errors)
     about["responses"][200]["content"] = file
     routes.add_api_route("/kv/export", api.export, **about, response_class=Response)
