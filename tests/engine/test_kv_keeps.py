@@ -386,6 +386,14 @@ def test_a_session_is_named_by_its_last_request() -> None:
     assert not any(b.kept.is_expired for b in run.cache.tree if b.kept and not b.kept.is_pinned)
 
 
+def test_a_request_that_left_the_queue_says_nothing_of_its_session() -> None:
+    run = KvRun(num_blocks=40, cpu_blocks=40)
+    run.ask(PROMPT, session_id="s")
+    run.core.abort([run.add(PROMPT + PROMPT, session_id="s")])
+    run.finish()
+    assert run.control.pin("", "", None, "s")["pinned_tokens"] == 32
+
+
 def test_the_ttl_of_a_prefix_is_set_and_taken_back() -> None:
     run = KvRun(num_blocks=24)
     other = prompt_of(2, 8 * BLOCK)

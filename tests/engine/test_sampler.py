@@ -250,6 +250,15 @@ def test_min_tokens_forbids_every_stop_until_reached() -> None:
     assert tokens_of(sample(sampler, logits, [ignoring])) == [[EOS]]
 
 
+def test_a_stop_that_alone_is_allowed_is_drawn_before_min_tokens_too() -> None:
+    logits = torch.zeros(2, VOCAB)
+    params: dict[str, Any] = {"min_tokens": 5, "stop_token_ids": [11]}
+    only = make_seq([1], [5], allowed_token_ids=[11], temperature=0.0, **params)
+    drawn = make_seq([1], [5], allowed_token_ids=[EOS, 11], temperature=1.0, seed=1, **params)
+    (first,), (second,) = tokens_of(sample(TorchSampler(), logits, [only, drawn]))
+    assert first == 11 and second in (EOS, 11)
+
+
 def test_penalties_keep_count_over_many_steps_forks_and_reuse_of_rows() -> None:
     """Incremental counts equal those of a fresh sampler, while sequences come, fork and go."""
     generator = torch.Generator().manual_seed(0)

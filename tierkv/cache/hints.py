@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from tierkv.cache.holder import BlockHolder
 from tierkv.cache.prefix_tree import Block
-from tierkv.cache.residency import CopyState
+from tierkv.cache.residency import copy_below
 from tierkv.policies.base import AccessHint
 from tierkv.protocols import Clock, CostModel
 from tierkv.types import TierName
-
-_BELOW = {tier: list(TierName)[i + 1 :] for i, tier in enumerate(TierName)}
 
 
 class HintMaker:
@@ -86,8 +84,5 @@ class BlockCosts:
         )
 
     def _load_s(self, block: Block, tier: TierName) -> float:
-        for below in _BELOW[tier]:
-            copy = block.copies.get(below)
-            if copy is not None and copy.state is CopyState.READY:
-                return self._cost.up_s(below, 1) - self._cost.up_s(below, 0)
-        return 0.0
+        below = copy_below(block, tier)
+        return 0.0 if below is None else self._cost.up_s(below, 1) - self._cost.up_s(below, 0)

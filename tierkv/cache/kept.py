@@ -13,14 +13,12 @@ from __future__ import annotations
 import math
 
 from tierkv.cache.prefix_tree import Block
-from tierkv.cache.residency import CopyState
+from tierkv.cache.residency import copy_below
 from tierkv.types import TierName
 
 PINNED = 1 << 20
 EXPIRED = -PINNED
 """Retentions beyond every priority."""
-
-_BELOW = {tier: list(TierName)[i + 1 :] for i, tier in enumerate(TierName)}
 
 
 class Kept:
@@ -45,7 +43,7 @@ def is_pinned(block: Block) -> bool:
 
 def is_bound(block: Block, tier: TierName) -> bool:
     """Whether the copy in `tier` may not be evicted: the block is pinned, and this is its last."""
-    return tier is not TierName.GPU and is_pinned(block) and not has_copy_below(block, tier)
+    return tier is not TierName.GPU and is_pinned(block) and copy_below(block, tier) is None
 
 
 def retention(block: Block, tier: TierName) -> int:
@@ -53,15 +51,6 @@ def retention(block: Block, tier: TierName) -> int:
     kept = block.kept
     if kept is None:
         return 0
-    if kept.is_pinned and not has_copy_below(block, tier):
+    if kept.is_pinned and copy_below(block, tier) is None:
         return PINNED
     return EXPIRED if kept.is_expired and not kept.is_pinned else kept.priority
-
-
-def has_copy_below(block: Block, tier: TierName) -> bool:
-    """Whether a tier below has all of its bytes."""
-    for below in _BELOW[tier]:
-        copy = block.copies.get(below)
-        if copy is not None and copy.state is CopyState.READY:
-            return True
-    return False

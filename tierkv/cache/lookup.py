@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass, field
 
-from tierkv.cache.evictor import CPU, GPU, NVME
+from tierkv.cache.evictor import GPU
 from tierkv.cache.hashing import pack_tokens
 from tierkv.cache.holder import BlockHolder
 from tierkv.cache.prefix_tree import Block, PrefixTree
-from tierkv.cache.residency import CopyState
+from tierkv.cache.residency import CopyState, copy_below
 from tierkv.types import TierName
 
 
@@ -61,11 +61,7 @@ def is_in_pool(block: Block) -> bool:
 
 def lower_tier(block: Block) -> TierName | None:
     """The nearest lower tier with a READY copy."""
-    for tier in (CPU, NVME):
-        copy = block.copies.get(tier)
-        if copy is not None and copy.state is CopyState.READY:
-            return tier
-    return None
+    return copy_below(block, GPU)
 
 
 def is_partly_loading(match: Match) -> bool:

@@ -118,8 +118,7 @@ class LowerTiers:
         if len(self._outbox) >= _MOST_OFFERS:
             return
         if self._admits(block, below, when, hint):
-            self._outbox.append((block, below))
-            self._queued.add((block.key, below))
+            self.insist(block, below)
 
     def _admits(self, block: Block, tier: TierName, when: When, hint: AccessHint) -> bool:
         return is_pinned(block) or self.specs[tier].admission.admits(block.key, when, hint)

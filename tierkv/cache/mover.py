@@ -157,7 +157,7 @@ class ThreadMover:
 
     def abandon(self, tickets: Sequence[int]) -> None:
         if self._port is not None:
-            self._release(self._port.abandon(tickets))
+            self._release(self._port.claim(tickets))
 
     def wait(self, timeout_s: float) -> None:
         limit_s = min(timeout_s, threading.TIMEOUT_MAX)

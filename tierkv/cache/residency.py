@@ -68,6 +68,18 @@ class Tier:
         return len(self.empty_slots)
 
 
+_BELOW = {tier: list(TierName)[i + 1 :] for i, tier in enumerate(TierName)}
+
+
+def copy_below(block: Block, tier: TierName) -> TierName | None:
+    """The nearest tier below `tier` that has all of the block's bytes."""
+    for below in _BELOW[tier]:
+        copy = block.copies.get(below)
+        if copy is not None and copy.state is CopyState.READY:
+            return below
+    return None
+
+
 class Residency:
     """All tiers' slots and the copies in them.
 

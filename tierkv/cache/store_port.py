@@ -159,12 +159,9 @@ class StorePort:
         with self._lock:
             self._wanted.update(move.ticket for move in moves if move.destination is GPU)
 
-    def abandon(self, tickets: Sequence[int]) -> list[int]:
-        """Which of these moves will not touch the pool any more: not those that have arrived."""
-        return self._claim(tickets)
-
-    def _claim(self, tickets: Sequence[int]) -> list[int]:
-        """Those that nobody else has claimed: they are abandoned, or their bytes go on."""
+    def claim(self, tickets: Sequence[int]) -> list[int]:
+        """Those that nobody else has claimed: they are abandoned, and will not touch the pool any
+        more, or their bytes have arrived and go on."""
         with self._lock:
             claimed = [ticket for ticket in tickets if ticket in self._wanted]
             self._wanted.difference_update(claimed)
@@ -198,7 +195,7 @@ class StorePort:
         try:
             outcomes = self.store.read(reads)
         finally:
-            landing = self._claim(list(pooled))
+            landing = self.claim(list(pooled))
         answers = {m.ticket: _answer(o) for m, o in zip(batch, outcomes, strict=True)}
         answers |= dict.fromkeys(pooled.keys() - set(landing), _LATE)
         arrived = [pooled[ticket] for ticket in landing if answers[ticket] is None]

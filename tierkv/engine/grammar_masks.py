@@ -59,9 +59,6 @@ class GrammarMasks:
         """Follow a sequence from now on; a fork starts from its own tokens."""
         self._followers[seq.seq_id] = _Follower(grammar, seq)
 
-    def __contains__(self, seq: Sequence) -> bool:
-        return seq.seq_id in self._followers
-
     def forget(self, seq_id: int) -> None:
         """The sequence is finished; unknown ids are ignored."""
         self._followers.pop(seq_id, None)
@@ -99,10 +96,6 @@ class GrammarMasks:
         places = [(matcher, i) for i, matcher in enumerate(matchers)]
         self._executor.unsafe_compute_mask_ptr(places, bits.ctypes.data, num_words * 4, len(places))
         return bits
-
-    def is_complete(self, seq: Sequence) -> bool:
-        """Nothing can follow but the end."""
-        return self._followers[seq.seq_id].matcher.is_stopped()
 
     def ending(self, seq: Sequence, token_id: int) -> FinishReason | None:
         """Whether this token, drawn under the last mask, ends the sequence.

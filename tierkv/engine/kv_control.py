@@ -98,8 +98,8 @@ class KvControl:
 
     def ended(self, seq: Sequence) -> None:
         """One of its sequences, which has hints, ended."""
-        if seq.hints is not None and seq.hints.session_id:
-            keys = list(seq.block_keys)
+        if seq.hints is not None and seq.hints.session_id and seq.block_keys:
+            keys = list(seq.block_keys)  # without any, what an earlier request left stays
             self.sessions.ended(seq.tenant, seq.hints.session_id, seq.cache_salt, keys)
 
     # ------------------------------------------------------------------ tenants and budgets

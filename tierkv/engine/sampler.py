@@ -86,7 +86,6 @@ class _Draw:
     traits: _Traits
     num_samples: int
     result: RowResult
-    is_complete: bool = False
 
     def sample_index(self, i: int) -> int:
         """Which of the request's n samples the i-th token of this draw belongs to."""
@@ -168,10 +167,7 @@ class TorchSampler:
         bound = [d for d in draws if d.traits.has_grammar]
         if not bound:
             return raw
-        masked = self._grammars.mask(raw, [d.at for d in bound], [d.seq for d in bound])
-        for draw in bound:
-            draw.is_complete = self._grammars.is_complete(draw.seq)
-        return masked
+        return self._grammars.mask(raw, [d.at for d in bound], [d.seq for d in bound])
 
     def _end_complete(self, draws: list[_Draw]) -> None:
         for draw in draws:
@@ -296,18 +292,23 @@ def _mask_others(edited: Tensor, draws: list[_Draw]) -> None:
 
 
 def _mask_stops(edited: Tensor, draws: list[_Draw]) -> None:
-    """Forbid EOS and stop ids to sequences that have not reached `min_tokens` and can go on."""
+    """Forbid EOS and stop ids to sequences that have not reached `min_tokens`, unless nothing else
+    is left to them: a grammar is complete, or no other token is allowed."""
     vocab = edited.shape[-1]
     entries = [
         (d.at, token)
         for d in draws
-        if d.seq.num_generated < d.traits.params.min_tokens and not d.is_complete
+        if d.seq.num_generated < d.traits.params.min_tokens
         for token in d.seq.request.stop_token_ids
         if token < vocab
     ]
     if entries:
         rows, tokens = zip(*entries, strict=True)
+        touched = _ids(sorted(set(rows)), edited)
+        before = edited[touched]
         edited[_ids(rows, edited), _ids(tokens, edited)] = _NEVER
+        is_stuck = (edited[touched] == _NEVER).all(-1)
+        edited[touched[is_stuck]] = before[is_stuck]
 
 
 # -- filters -----------------------------------------------------------------------------------

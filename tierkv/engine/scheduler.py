@@ -9,6 +9,7 @@ advances counts, so `commit` of one step may follow `plan` of the next.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 
 from tierkv.cache.copies import CopyBatch
@@ -288,10 +289,11 @@ class Scheduler:
             return
         self.waiting.rank_again()
         slots = self.max_num_seqs - self._num_promised()
+        held = self._blocks_of_owners()
         for seq in self.waiting:
             if plan.num_tokens >= self.max_num_batched_tokens or slots < self._num_future(seq):
                 break
-            if not self._is_admissible(seq):
+            if not self._is_admissible(seq, held):
                 continue
             match = self.cache.lookup(seq, use_cache=seq.request.params.prompt_logprobs is None)
             if match.next is Lookup.PENDING:
@@ -304,19 +306,28 @@ class Scheduler:
             slots -= self._num_future(seq)
             if seq.state is SeqState.RUNNING:
                 self._plan_chunk(plan, seq)
+            if seq.owner is not None:
+                held[seq.owner] += len(seq.block_table)
         self.waiting.drop_departed()
 
-    def _is_admissible(self, seq: Sequence) -> bool:
+    def _blocks_of_owners(self) -> Counter[Share]:
+        """Blocks of the pool that each owner's sequences hold."""
+        held: Counter[Share] = Counter()
+        for seq in self.holders:
+            if seq.owner is not None:
+                held[seq.owner] += len(seq.block_table)
+        return held
+
+    def _is_admissible(self, seq: Sequence, held: Counter[Share]) -> bool:
         """Not undecided, and not waiting for a block that another is still computing."""
         if seq.is_paused or seq.num_inflight or seq.state is SeqState.SWAPPING:
             return False
-        if seq.owner is not None and self._is_over_quota(seq, seq.owner):
+        if seq.owner is not None and self._is_over_quota(seq, seq.owner, held[seq.owner]):
             return False
         return seq.waits_for is None or not self.cache.is_computing(seq, seq.waits_for)
 
-    def _is_over_quota(self, seq: Sequence, owner: Share) -> bool:
+    def _is_over_quota(self, seq: Sequence, owner: Share, held: int) -> bool:
         """The pool cannot hold it beside what else of its owner runs; alone it may always run."""
-        held = sum(len(s.block_table) for s in self.holders if s.owner is owner)
         return held > 0 and not owner.admits(held + self.cache.blocks_for(seq.num_tokens))
 
     def _num_promised(self) -> int:

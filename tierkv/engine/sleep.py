@@ -13,7 +13,7 @@ import enum
 from collections.abc import Callable
 
 from tierkv.cache.evictor import GPU
-from tierkv.cache.kept import has_copy_below
+from tierkv.cache.lookup import lower_tier
 from tierkv.cache.prefix_tree import Block
 from tierkv.cache.residency import CopyState
 from tierkv.cache.tiered_cache import TieredCache
@@ -103,7 +103,7 @@ class Sleeper:
 def _is_only_here(block: Block) -> bool:
     copy = block.copies.get(GPU)
     is_ready = copy is not None and copy.state is CopyState.READY
-    return is_ready and not has_copy_below(block, GPU)
+    return is_ready and lower_tier(block) is None
 
 
 def _depth(block: Block) -> int:

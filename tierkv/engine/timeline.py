@@ -14,7 +14,7 @@ An event is a tuple that begins with its time, the sequence's index and its kind
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ class Timeline:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._live: dict[str, list[Event]] = {}
+        self._live: dict[str, deque[Event]] = {}
         self._ended: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
     def now(self) -> float:
@@ -53,7 +53,7 @@ class Timeline:
     def add(self, seq: Sequence) -> None:
         """A sequence exists; from now on it tells of its changes itself."""
         seq.on_move = self._moved
-        self._live.setdefault(seq.request.request_id, [])
+        self._live.setdefault(seq.request.request_id, deque(maxlen=MOST_EVENTS))
         self._note(seq, "queued")
 
     def _moved(self, seq: Sequence, before: SeqState) -> None:
@@ -71,8 +71,6 @@ class Timeline:
         events = self._live.get(seq.request.request_id)
         if events is not None:
             events.append(event)
-            if len(events) > MOST_EVENTS:
-                del events[0]
 
     def note_chunks(self, rows: Iterable[PlanRow], start_s: float, end_s: float) -> None:
         """A step computed these rows, each a piece of a prompt."""
@@ -82,7 +80,7 @@ class Timeline:
 
     def end(self, request: Request) -> None:
         """All its sequences are finished: what is known of it stays for a while."""
-        events = self._live.pop(request.request_id, [])
+        events = list(self._live.pop(request.request_id, ()))
         ending = {"events": events, "ended_s": self._clock.now()}
         self._ended[request.request_id] = facts(request) | ending
         self._ended.move_to_end(request.request_id)
