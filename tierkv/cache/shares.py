@@ -13,7 +13,7 @@ until the slot is given back, or nobody waits for it any more.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from tierkv.policies.shares import TenantShares
 from tierkv.types import TierName
 
 if TYPE_CHECKING:
+    from tierkv.cache.holder import BlockHolder
     from tierkv.cache.prefix_tree import Block
     from tierkv.cache.tiered_cache import TieredCache
 
@@ -57,6 +58,25 @@ class Share:
         """Copies beyond the quota."""
         most = self.quota.get(tier)
         return 0 if most is None else max(0, self.counts[tier] - most)
+
+
+class HeldBlocks:
+    """Blocks of the pool that each owner's sequences hold, while a step is planned."""
+
+    def __init__(self, holders: Iterable[BlockHolder]) -> None:
+        self._counts: Counter[Share] = Counter()
+        for holder in holders:
+            self.add(holder)
+
+    def add(self, holder: BlockHolder) -> None:
+        """One more holds its blocks."""
+        if holder.owner is not None:
+            self._counts[holder.owner] += len(holder.block_table)
+
+    def admits(self, owner: Share | None, num_blocks: int) -> bool:
+        """Whether the pool may hold so many more of its owner, who may always run one sequence."""
+        held = 0 if owner is None else self._counts[owner]
+        return owner is None or not held or owner.admits(held + num_blocks)
 
 
 def set_shares(cache: TieredCache, shares: Mapping[str, Share], make: MakePolicy) -> None:

@@ -9,11 +9,10 @@ advances counts, so `commit` of one step may follow `plan` of the next.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable
 
 from tierkv.cache.copies import CopyBatch
-from tierkv.cache.shares import Share
+from tierkv.cache.shares import HeldBlocks
 from tierkv.cache.tiered_cache import Lookup, Match, TieredCache
 from tierkv.engine import results
 from tierkv.engine.loading import Loader
@@ -289,7 +288,7 @@ class Scheduler:
             return
         self.waiting.rank_again()
         slots = self.max_num_seqs - self._num_promised()
-        held = self._blocks_of_owners()
+        held = HeldBlocks(self.holders)
         for seq in self.waiting:
             if plan.num_tokens >= self.max_num_batched_tokens or slots < self._num_future(seq):
                 break
@@ -306,29 +305,16 @@ class Scheduler:
             slots -= self._num_future(seq)
             if seq.state is SeqState.RUNNING:
                 self._plan_chunk(plan, seq)
-            if seq.owner is not None:
-                held[seq.owner] += len(seq.block_table)
+            held.add(seq)
         self.waiting.drop_departed()
 
-    def _blocks_of_owners(self) -> Counter[Share]:
-        """Blocks of the pool that each owner's sequences hold."""
-        held: Counter[Share] = Counter()
-        for seq in self.holders:
-            if seq.owner is not None:
-                held[seq.owner] += len(seq.block_table)
-        return held
-
-    def _is_admissible(self, seq: Sequence, held: Counter[Share]) -> bool:
+    def _is_admissible(self, seq: Sequence, held: HeldBlocks) -> bool:
         """Not undecided, and not waiting for a block that another is still computing."""
         if seq.is_paused or seq.num_inflight or seq.state is SeqState.SWAPPING:
             return False
-        if seq.owner is not None and self._is_over_quota(seq, seq.owner, held[seq.owner]):
+        if not held.admits(seq.owner, self.cache.blocks_for(seq.num_tokens)):
             return False
         return seq.waits_for is None or not self.cache.is_computing(seq, seq.waits_for)
-
-    def _is_over_quota(self, seq: Sequence, owner: Share, held: int) -> bool:
-        """The pool cannot hold it beside what else of its owner runs; alone it may always run."""
-        return held > 0 and not owner.admits(held + self.cache.blocks_for(seq.num_tokens))
 
     def _num_promised(self) -> int:
         """Running sequences, counting parallel samples that are still to be forked."""
