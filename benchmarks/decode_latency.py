@@ -166,7 +166,7 @@ class Curve:
         self.seconds[budget] += seconds
         return {
             "_seconds": sum(seconds),
-            "moved_mib_per_step": round(moved / MIB / len(seconds), 2),
+            "moved_mib_per_step": moved / MIB / len(seconds),
         }
 
     def point(self, budget: int, samples: Samples) -> dict[str, Any]:

@@ -252,7 +252,7 @@ def test_decode_latency(tmp_path: Path) -> None:
     for budget, point in result["budgets"].items():
         assert 0 < point["p50_ms"] <= point["p99_ms"]
         moved_mib = point["moved_mib_per_step"] * point["steps"]
-        assert moved_mib >= pile_mib if budget != "0" else moved_mib == 0
+        assert moved_mib >= 0.999 * pile_mib if budget != "0" else moved_mib == 0
     assert (tmp_path / "decode_latency.png").read_bytes().startswith(b"\x89PNG")
 
 
