@@ -112,7 +112,7 @@ def load_hardware(spec: str) -> Hardware:
         values[part] = _part(values.get(part), file, kind, spec)
     if isinstance(values.get("table"), Mapping):
         values["table"] = _build(StepTable, values["table"], spec)
-    hardware = _build(Hardware, values | {"name": spec}, spec)
+    hardware: Hardware = _build(Hardware, values | {"name": spec}, spec)
     if not 1 <= hardware.drives <= 8 or not 1 <= hardware.tp <= 8:
         raise ConfigError(_OPTION, spec, "tp and drives must be from 1 to 8")
     return hardware
