@@ -32,6 +32,7 @@ from mover_worlds import (
     pairs,
     raising,
 )
+from sim_world import SimWorld
 from store_blocks import key_of, open_nvme
 
 from tierkv.cache.layout import KVLayout
@@ -49,7 +50,7 @@ def nvme(path: Path, layout: KVLayout) -> BlockStore:
     return open_nvme(path / "store", SLOTS, layout.slot_bytes)
 
 
-MAKERS: dict[str, Callable[[Path], World]] = {
+MAKERS: dict[str, Callable[[Path], World | SimWorld]] = {
     "memory": lambda path: ThreadWorld(EVEN, mem()),
     "memory, staged": lambda path: ThreadWorld(ODD, mem(ODD)),
     "one by one": lambda path: ThreadWorld(
@@ -62,11 +63,12 @@ MAKERS: dict[str, Callable[[Path], World]] = {
     "no store": lambda path: ThreadWorld(ODD),
     "ledger": lambda path: LedgerWorld(is_eager=False),
     "eager ledger": lambda path: LedgerWorld(is_eager=True),
+    "virtual time": lambda path: SimWorld(),
 }
 
 
 @pytest.fixture(params=MAKERS)
-def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
+def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World | SimWorld]:
     made = MAKERS[request.param](tmp_path)
     yield made
     made.close()
