@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from hashlib import blake2b
@@ -14,6 +13,7 @@ from tierkv.sim.trace_lines import BadLine
 Record = Mapping[str, Any]
 
 MOST_TOKENS = 1 << 27
+_MOST_TIME = 1e19  # nanoseconds since 1970 are below
 MOST_ID = (1 << 63) - 1
 TIME = ("timestamp", "arrival_time", "arrival", "arrived_at", "time")
 INPUT = ("input_length", "input_tokens", "contexttokens", "request tokens", "prompt_tokens")
@@ -68,16 +68,17 @@ def optional_whole(record: Record, name: str, *, least: int) -> int:
     return 0 if value is None else whole(name, value, least=least, most=MOST_ID)
 
 
-def seconds(record: Record, unit_s: float) -> float:
-    """The time of arrival; numbers are in units of `unit_s`, texts are dates of ISO 8601."""
+def seconds(record: Record, per_second: float) -> float:
+    """The time of arrival; numbers count units of which `per_second` are a second,
+    texts are dates of ISO 8601."""
     name, value = present(record, TIME)
     if isinstance(value, str):
         return _of_date(name, value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise BadLine(name, value, "must be a number or a date of ISO 8601")
-    if not math.isfinite(value) or value < 0:
-        raise BadLine(name, value, "must be a number of at least 0")
-    return value * unit_s
+    if not 0 <= value <= _MOST_TIME:
+        raise BadLine(name, value, f"must be a number from 0 to {_MOST_TIME:g}")
+    return value / per_second
 
 
 def _of_date(name: str, text: str) -> float:

@@ -39,7 +39,8 @@ from tierkv.sim.trace_lines import BadLine
 Prompt = tuple[int, int, tuple[Run, ...]]
 """Input tokens, output tokens, ids of the full blocks."""
 
-UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6, "ns": 1e9}
+"""Units of time, by how many make a second."""
 _TEXTS = ("input", "messages", "prompt")
 _OUTPUTS = ("output", "response", "completion")
 
@@ -96,7 +97,7 @@ class Format:
 
     def __init__(self, options: ReadOptions, first: Record) -> None:
         self.options = options
-        self.unit_s = UNITS[options.time_unit or self.default_unit]
+        self.per_second = UNITS[options.time_unit or self.default_unit]
         self.block_size = options.block_size or block_size_of(first) or self.default_block_size
 
     def prompt(self, record: Record) -> Prompt:

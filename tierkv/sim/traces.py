@@ -213,7 +213,7 @@ class _Reader:
         self._parents = _Parents()
 
     def request(self, record: Record) -> TraceRequest:
-        arrival_s = fields.seconds(record, self._format.unit_s)
+        arrival_s = fields.seconds(record, self._format.per_second)
         if self._origin_s is not None and arrival_s < self._last_s:
             fix = f"the line before came at {self._last_s:.6f} s: sort the trace by time"
             raise BadLine(fields.named(record, fields.TIME)[0], arrival_s, fix)
@@ -233,7 +233,7 @@ class _Reader:
         if self._origin_s is None:
             self._origin_s = arrival_s
         self._last_s = arrival_s
-        request.arrival_s = arrival_s - self._origin_s
+        request.arrival_s = round(arrival_s - self._origin_s, 6)
         return request
 
 
