@@ -66,7 +66,8 @@ def _check_pins(blocks: list[Block], held: list[Block]) -> None:
 
 
 def _check_readers(cache: TieredCache, blocks: list[Block]) -> None:
-    """Every copy is held once for each move that reads it, and holds its ancestors in the pool."""
+    """Every copy is held once for each move that reads it, and holds its ancestors in the pool
+    unless it is pinned, and they with it."""
     tickets = [] if cache.moves is None else list(cache.moves.tickets.values())
     reading = Counter((id(t.block), t.move.source) for t in tickets if t.holds_source)
     for block in blocks:
@@ -74,7 +75,7 @@ def _check_readers(cache: TieredCache, blocks: list[Block]) -> None:
             _require(copy.readers == reading[id(block), tier], "readers miscounted")
         busy = reading[id(block), GPU]
         if cache.window is None:
-            busy += sum(child.busy > 0 for child in block.children.values())
+            busy += sum(c.busy > 0 and not c.pins for c in block.children.values())
         _require(block.busy == busy, f"block {block.key.hex()}: {block.busy} != {busy} busy")
 
 

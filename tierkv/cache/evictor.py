@@ -182,6 +182,45 @@ class Evictor:
             retention=retention(block, self.tier),
         )
 
+    # ------------------------------------------------------------------ what moves hold
+
+    def hold_above(self, block: Block) -> None:
+        """The block is busy and has no pin: its ancestors cannot leave the pool before it. (Those
+        of a pinned block are pinned themselves.)"""
+        node = self._above(block)
+        while node is not None:
+            node.busy += 1
+            if node.busy > 1:
+                return
+            self.settle(node)
+            node = self._above(node)
+
+    def let_go_above(self, block: Block) -> list[Block]:
+        """The block is busy no more, or is about to be pinned; returns ancestors that have become
+        idle, for `settle`."""
+        idle: list[Block] = []
+        node = self._above(block)
+        while node is not None:
+            node.busy -= 1
+            if node.busy:
+                break
+            idle.append(node)
+            node = self._above(node)
+        return idle
+
+    def _above(self, block: Block) -> Block | None:
+        return block.parent if self._is_chained and block.in_tree and not block.pins else None
+
+    def settle(self, node: Block) -> None:
+        """Tell the pool's policy whether the copy may leave, or drop what nobody can reach."""
+        copy = node.copies.get(self.tier)
+        if copy is None or not node.in_tree or copy.state is not CopyState.READY:
+            return
+        if copy.is_listed or node.busy or node.pins:
+            self.refresh(node)
+        else:
+            self.drop(node, Why.REMOVED)
+
     # ------------------------------------------------------------------ who may leave
 
     def victims(

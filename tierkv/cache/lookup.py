@@ -110,14 +110,29 @@ class Walker:
             if block is None:
                 break
             if match.num_loads or not is_in_pool(block):
-                if not use_lower or not self._can_load(block):
+                if not use_lower or not self.can_load(block):
                     break
                 match.num_loads += 1
             match.blocks.append(block)
         match.num_tokens = (len(match.blocks) - match.num_loads) * self._block_size
         return match
 
-    def _can_load(self, block: Block) -> bool:
+    def first_wanted(self, seq: BlockHolder) -> int:
+        """The first block of what `walk` would find now; with a window others come before it."""
+        if self._window is None:
+            return 0
+        blocks = self.walk(seq).blocks
+        return next((i for i, block in enumerate(blocks) if block is not None), 0)
+
+    def find(self, seq: BlockHolder, index: int) -> Block | None:
+        """One block of those that `walk` could find; None beyond its end, or when it is not known
+        or cannot be had. The keys are known."""
+        if index >= min(len(seq.block_keys), (len(seq.token_ids) - 1) // self._block_size):
+            return None
+        block = self._tree.get(seq.block_keys[index])
+        return block if block is not None and self.can_load(block) else None
+
+    def can_load(self, block: Block) -> bool:
         """Whether the block is on its way into the pool, or could be."""
         if GPU in block.copies:
             return True
@@ -129,7 +144,7 @@ class Walker:
         pooled = [b if b is not None and is_in_pool(b) else None for b in known]
         match = self._longest(pooled)
         if use_lower:
-            usable = [b if b is not None and self._can_load(b) else None for b in known]
+            usable = [b if b is not None and self.can_load(b) else None for b in known]
             longer = self._longest(usable)
             if len(longer.blocks) > len(match.blocks):
                 longer.num_tokens = match.num_tokens

@@ -364,36 +364,17 @@ class Moves:
             self._evictors[tier].refresh(block)
 
     def _make_busy(self, block: Block) -> None:
-        """A busy block keeps its ancestors in the pool: leaves go first."""
-        node: Block | None = block
-        while node is not None:
-            node.busy += 1
-            if node.busy > 1:
-                return
-            self._refresh(node)
-            node = node.parent if self._is_chained and node.in_tree else None
+        block.busy += 1
+        if block.busy == 1:
+            self._evictors[GPU].settle(block)
+            self._evictors[GPU].hold_above(block)
 
     def _make_idle(self, block: Block) -> None:
-        idle: list[Block] = []
-        node: Block | None = block
-        while node is not None:
-            node.busy -= 1
-            if node.busy:
-                break
-            idle.append(node)
-            node = node.parent if self._is_chained and node.in_tree else None
-        for node in idle:
-            self._refresh(node)
-
-    def _refresh(self, node: Block) -> None:
-        """Tell the pool's policy, or drop what nobody can reach."""
-        copy = node.copies.get(GPU)
-        if copy is None or not node.in_tree or copy.state is not CopyState.READY:
-            return
-        if copy.is_listed or node.busy or node.pins:
-            self._evictors[GPU].refresh(node)
-        else:
-            self._evictors[GPU].drop(node, Why.REMOVED)
+        block.busy -= 1
+        if not block.busy:
+            above = self._evictors[GPU].let_go_above(block)
+            for node in [block, *above]:
+                self._evictors[GPU].settle(node)
 
     def _start_draining(self, block: Block, tier: TierName) -> None:
         if block.in_tree:

@@ -47,6 +47,15 @@ class PoolBlocks:
         """Blocks that could be allocated now: empty, or cached and evictable."""
         return len(self._slots.empty_slots) + self._evictor.num_evictable
 
+    @property
+    def num_blocks(self) -> int:
+        return self._slots.capacity
+
+    @property
+    def num_evicted(self) -> int:
+        """Copies that the pool has given up for others since the start."""
+        return self._evictor.num_evicted
+
     def new_block(self, depth: int, owner: Share | None = None) -> Block:
         """A private block with a slot, pinned once. The caller has checked `num_available`."""
         self.make_slot(owner)
@@ -100,6 +109,8 @@ class PoolBlocks:
 
     def pin(self, block: Block) -> None:
         """One more holder."""
+        if block.busy and not block.pins:
+            self.hold_alone(block)
         block.pins += 1
         copy = block.copies.get(GPU)
         if block.pins == 1 and block.in_tree and copy is not None:
@@ -107,6 +118,11 @@ class PoolBlocks:
                 copy.is_prefetched = False
                 self.num_prefetched_used += 1
             self._evictor.refresh(block)
+
+    def hold_alone(self, block: Block) -> None:
+        """A busy block gets its first pin: its ancestors have, or get, one of their own."""
+        for node in self._evictor.let_go_above(block):
+            self._evictor.settle(node)
 
     def unpin(self, block: Block, hint: AccessHint | None) -> None:
         """One holder fewer; a private block without one is freed."""
@@ -120,6 +136,8 @@ class PoolBlocks:
         if hint is not None:
             self._evictor.touch(block, hint)
         if not block.pins:
+            if block.busy:
+                self._evictor.hold_above(block)
             self._let_go(block)
 
     def _let_go(self, block: Block) -> None:

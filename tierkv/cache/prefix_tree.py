@@ -50,8 +50,8 @@ class Block:
         tokens: packed token ids (`hashing.pack_tokens`), empty while private.
         depth: blocks before it; -1 for the root of a salt.
         pins: how many sequences or copies in flight hold its copy in the GPU pool.
-        busy: moves that read its GPU copy, plus children that are busy: while any is, the block
-            cannot leave the pool before them.
+        busy: moves that read its GPU copy, plus children that are busy and have no pin: while any
+            is, the block cannot leave the pool before them.
         copies: tier -> Copy; absent means EMPTY there.
         in_tree: whether `PrefixTree` owns it.
         owner: the tenant's share that it counts for; a root's is that of its salt.

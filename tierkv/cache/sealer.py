@@ -54,6 +54,8 @@ class Sealer:
                 return False
             self._adopt(seq, index, known, hint)
             return True
+        if known is not None and known.busy:
+            self._pool.hold_alone(known)  # a ghost whose place is taken by a pinned block
         start = index * self._block_size
         tokens = pack_tokens(seq.token_ids[start : start + self._block_size])
         parent = self._parent_of(seq, index)
@@ -73,7 +75,7 @@ class Sealer:
         own = seq.blocks[index]
         assert own is not None
         self._residency.adopt(own, known, GPU)
-        known.pins += own.pins
+        self._pool.pin(known)
         own.pins = 0
         seq.blocks[index] = known
         self._publish(known, hint)

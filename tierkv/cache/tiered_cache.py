@@ -25,7 +25,7 @@ from tierkv.cache.lookup import Lookup, Match, Walker, is_in_pool
 from tierkv.cache.lower_tiers import LowerTiers, MoveLimits, TierSpec
 from tierkv.cache.moves import Moves
 from tierkv.cache.pool_blocks import PoolBlocks
-from tierkv.cache.prefetcher import Prefetcher
+from tierkv.cache.prefetcher import PrefetchBudget, Prefetcher
 from tierkv.cache.prefix_tree import Block, PrefixTree
 from tierkv.cache.residency import CopyState, Residency
 from tierkv.cache.sealer import Sealer
@@ -102,7 +102,7 @@ class TieredCache:
         self.hint_of = self._hints.of_block  # for accesses that no request is behind
         self.is_caching = enable_prefix_caching
         self._walker = Walker(self.tree, block_size, window)
-        self._claims = Claims()
+        self.claims = Claims()
         self._sealer = Sealer(
             self.tree,
             self.residency,
@@ -133,7 +133,9 @@ class TieredCache:
             tiers, self.residency, self.evictors, self.moves, limits, self.hint_of, self.block_size
         )
         self.loads = Loads(self.moves, self.pool, self.tails, self._truncate, limits.load_timeout_s)
-        self.prefetcher = Prefetcher(self.pool, self.loads, self.lower)
+        self.prefetcher = Prefetcher(
+            self.pool, self.loads, self.lower, self._walker, self.claims
+        )
         self.swapper = Swapper(
             self.residency, self.moves, self.lower, self.loads, self.pool, self.tails
         )
@@ -187,25 +189,23 @@ class TieredCache:
         if match.num_loads and self.window is None:
             match = self._cut_at_computing(seq, match)
         depth = len(match.blocks)
-        if depth < len(seq.block_keys) and self._claims.is_claimed(seq, seq.block_keys[depth]):
+        if depth < len(seq.block_keys) and self.claims.is_claimed(seq, seq.block_keys[depth]):
             match.next = Lookup.PENDING
         elif not match.num_loads:
             self._walker.add_partial(seq, match)
         return match
 
-    def is_computing(self, seq: BlockHolder, key: BlockKey) -> bool:
-        """Whether a running sequence other than `seq` is about to compute the block `key`."""
-        return self._claims.is_claimed(seq, key)
-
-    def pending_tokens(self, seq: BlockHolder, match: Match) -> int:
-        """How many tokens right after the match another sequence is about to compute."""
-        return self._claims.num_pending(seq, len(match.blocks)) * self.block_size
+    def promote(self, seq: BlockHolder, budget: PrefetchBudget) -> None:
+        """Begin to bring up what a waiting sequence will need."""
+        if self.prefetcher is not None:
+            self._extend_keys(seq)
+            self.prefetcher.promote(seq, budget)
 
     def _cut_at_computing(self, seq: BlockHolder, match: Match) -> Match:
         """What another sequence is computing anew is waited for, not loaded."""
         first = len(match.blocks) - match.num_loads
         for index in range(first, len(match.blocks)):
-            if self._claims.is_claimed(seq, seq.block_keys[index]):
+            if self.claims.is_claimed(seq, seq.block_keys[index]):
                 return match.cut(index, self.block_size)
         return match
 
@@ -250,7 +250,7 @@ class TieredCache:
             self._take_partial(seq, match.partial, hint_of)
         if self.is_caching and is_stored(seq):
             self._extend_keys(seq)
-            self._claims.claim(seq, self.block_size)
+            self.claims.claim(seq, self.block_size)
 
     def _begin_waiting(self, seq: BlockHolder, match: Match, load_from: int) -> None:
         seq.load_from = load_from
@@ -346,7 +346,7 @@ class TieredCache:
                     break  # a later call tries again
                 if self.keeps.is_active and (block := seq.blocks[index]) is not None:
                     self.keeps.sealed(seq, block, is_new=block is own)
-                self._claims.drop(seq, seq.block_keys[index])
+                self.claims.drop(seq, seq.block_keys[index])
                 seq.num_sealed = index + 1
         if self.window is not None:
             self._release_behind(seq, num_tokens)
@@ -378,7 +378,7 @@ class TieredCache:
     def release(self, seq: BlockHolder) -> None:
         """Take the sequence's pins away, tail first, and empty its block table."""
         for key in seq.block_keys[seq.num_sealed :]:
-            self._claims.drop(seq, key)
+            self.claims.drop(seq, key)
         if self.keeps.is_active:
             self.keeps.released(seq)
         self._drop_from(seq, 0)

@@ -17,6 +17,7 @@ from tierkv.cache.shares import MakePolicy, Share, adopt_salt, set_shares
 from tierkv.cache.tiered_cache import TieredCache
 from tierkv.cache.transfer import take_in
 from tierkv.engine.kv_hints import check_ttl
+from tierkv.engine.recording import Recorder
 from tierkv.engine.request import Request, Sequence
 from tierkv.engine.scheduler import Scheduler
 from tierkv.engine.sessions import Sessions
@@ -59,6 +60,7 @@ class KvControl:
     ) -> None:
         self.sessions = Sessions()
         self.sleeper = Sleeper(cache, scheduler, port.give_back if port is not None else _nothing)
+        self._recorder = Recorder(cache, scheduler, clock)
         self._cache, self._scheduler = cache, scheduler
         self._block_bytes, self._vocab_size = info.block_bytes, info.vocab_size
         self._clock = clock
@@ -73,7 +75,8 @@ class KvControl:
             *("session_keys", "note_session", "export_block", "import_block"),
             *("sleep", "wake", "sleep_state"),
         )
-        return {f"kv_{name}": getattr(self, name) for name in names}
+        recorder = {f"kv_record_{n}": getattr(self._recorder, n) for n in ("start", "take", "stop")}
+        return {f"kv_{name}": getattr(self, name) for name in names} | recorder
 
     @property
     def is_awake(self) -> bool:

@@ -119,11 +119,12 @@ class Loader:
             depth = 1
         else:
             self._look_again_s = now + _LOOK_AGAIN_S
+            prefetcher.look_anew()
         budget = prefetcher.budget(self._policies.prefetch_blocks, num_spare)
         for seq in islice(filter(self._is_prefetchable, waiting), depth):
             if budget.is_spent:
                 return
-            prefetcher.promote(self._cache.lookup(seq), budget)
+            self._cache.promote(seq, budget)
 
     def _is_prefetchable(self, seq: Sequence) -> bool:
         if seq.state is SeqState.SWAPPED:

@@ -73,6 +73,7 @@ class Scheduler:
         self._copies: dict[int, CopyBatch] = {}
         self._num_in_flight = 0
         self._reserve = int(cache.num_blocks * _WATERMARK)
+        self._refused: tuple[Sequence, int] | None = None  # since the last admission; its need
 
     # ------------------------------------------------------------------ requests
 
@@ -294,13 +295,15 @@ class Scheduler:
                 break
             if not self._is_admissible(seq, held):
                 continue
+            if self._is_refused(seq):
+                break
             match = self.cache.lookup(seq, use_cache=seq.request.params.prompt_logprobs is None)
             if match.next is Lookup.PENDING:
                 seq.waits_for = seq.block_keys[len(match.blocks)]
-                self.metrics.pending_tokens += self.cache.pending_tokens(seq, match)
+                pending = self.cache.claims.num_pending(seq, len(match.blocks))
+                self.metrics.pending_tokens += pending * self.cache.block_size
                 continue
             if not self._try_admit(seq, match):
-                self._preemptor.is_turn_wanted = True
                 break
             slots -= self._num_future(seq)
             if seq.state is SeqState.RUNNING:
@@ -308,13 +311,22 @@ class Scheduler:
             held.add(seq)
         self.waiting.drop_departed()
 
+    def _is_refused(self, seq: Sequence) -> bool:
+        """Whether there was no room for it, and there cannot be: only an admission lessens what a
+        sequence needs."""
+        refused = self._refused
+        if refused is None or refused[0] is not seq or refused[1] <= self._num_spare():
+            return False
+        self._preemptor.is_turn_wanted = True
+        return True
+
     def _is_admissible(self, seq: Sequence, held: HeldBlocks) -> bool:
         """Not undecided, and not waiting for a block that another is still computing."""
         if seq.is_paused or seq.num_inflight or seq.state is SeqState.SWAPPING:
             return False
         if not held.admits(seq.owner, self.cache.blocks_for(seq.num_tokens)):
             return False
-        return seq.waits_for is None or not self.cache.is_computing(seq, seq.waits_for)
+        return seq.waits_for is None or not self.cache.claims.is_claimed(seq, seq.waits_for)
 
     def _num_promised(self) -> int:
         """Running sequences, counting parallel samples that are still to be forked."""
@@ -333,12 +345,14 @@ class Scheduler:
         """Acquire the match if the whole sequence fits beside what running prompts still need."""
         tokens, chunk, spare = seq.num_tokens, self.max_num_batched_tokens, self._num_spare()
         match, num_head = self._loader.choose(seq, match)
-        if self.cache.blocks_to_acquire(match, tokens, chunk) > spare:
-            if match.partial is None:
-                return False
+        need = self.cache.blocks_to_acquire(match, tokens, chunk)
+        if need > spare and match.partial is not None:
             match = Match(match.blocks, 0, len(match.blocks) * self.cache.block_size)
-            if self.cache.blocks_to_acquire(match, tokens, chunk) > spare:
-                return False
+            need = self.cache.blocks_to_acquire(match, tokens, chunk)
+        if need > spare:
+            self._refused, self._preemptor.is_turn_wanted = (seq, need), True
+            return False
+        self._refused = None
         self._loader.note_hits(seq, match, num_head)
         self.cache.acquire(seq, match, num_head)
         self._loader.note_begun(seq)

@@ -15,7 +15,7 @@ An event is a tuple that begins with its time, the sequence's index and its kind
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +37,14 @@ class Timeline:
 
     Args:
         clock: engine time.
+
+    Attributes:
+        on_end: is told of every request that ended.
     """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self.on_end: Callable[[Request], None] | None = None
         self._live: dict[str, deque[Event]] = {}
         self._ended: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
@@ -86,6 +90,8 @@ class Timeline:
         self._ended.move_to_end(request.request_id)
         if len(self._ended) > MOST_ENDED:
             self._ended.popitem(last=False)
+        if self.on_end is not None:
+            self.on_end(request)
 
     # ------------------------------------------------------------------ look
 
