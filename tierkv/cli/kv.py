@@ -57,6 +57,10 @@ class Server:
             shutil.copyfileobj(response, out)
         return out.tell()
 
+    def open(self, path: str, timeout_s: float) -> Any:
+        """What a path answers, as it comes; `timeout_s` is the longest silence."""
+        return self._open(self._request(path), timeout_s)
+
     def upload(self, path: str, file: BinaryIO, size: int) -> Json:
         """What a path answers to the content of a file."""
         request = self._request(path, file, "application/octet-stream")
@@ -74,9 +78,9 @@ class Server:
             found: Json = json.load(response)
         return found
 
-    def _open(self, request: urllib.request.Request) -> Any:
+    def _open(self, request: urllib.request.Request, timeout_s: float = TIMEOUT_S) -> Any:
         try:
-            return urllib.request.urlopen(request, timeout=TIMEOUT_S)
+            return urllib.request.urlopen(request, timeout=timeout_s)
         except urllib.error.HTTPError as error:
             with error:
                 raise CommandError(f"{self.url}: {_message(error)}") from None

@@ -20,6 +20,7 @@ from tierkv.server.routes import (
     info,
     kv,
     kv_admin,
+    kv_record,
     messages,
     metrics,
     responses,
@@ -50,7 +51,8 @@ def make_app(engine: AsyncLLM, settings: AppSettings) -> FastAPI:
     app.state.context = context
     for router in ROUTERS:
         app.include_router(router(context))
-    app.include_router(dashboard.router(context), include_in_schema=False)
+    for router in (dashboard.router, kv_record.router):
+        app.include_router(router(context), include_in_schema=False)
     app.add_middleware(ObservedApp, observability=context.observability)
     for kind in (RequestError, EngineDeadError, errors.RequestTimeoutError, errors.AbortedError):
         app.add_exception_handler(kind, errors.on_error)

@@ -74,7 +74,7 @@ class Workload:
             value = getattr(self, f.name)
             least, most = _bounds(f.name)
             if not least <= value <= most:
-                raise ConfigError(f.name, value, f"must be from {least:g} to {most:g}")
+                raise ConfigError(f.name, value, f"must be from {least:,} to {most:,}")
         shared = self.system_tokens + 2 * self.block_size
         if self.max_context < shared:
             fix = f"must be at least {shared}: the system prompt and two blocks"
