@@ -35,6 +35,8 @@ class CopyState(enum.Enum):
     READY = "ready"
     DRAINING = "draining"
 
+    __hash__ = object.__hash__  # members are singletons; Enum's own hashes the name, in Python
+
     def __init__(self, value: str) -> None:
         self.code = len(type(self).__members__)
 

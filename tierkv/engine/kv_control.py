@@ -92,7 +92,7 @@ class KvControl:
         """A request was queued."""
         cache, hints = self._cache, request.hints
         if hints is not None:
-            cache.keeps.is_active = True
+            cache.keeps.is_active |= hints.ttl is not None or hints.priority != 0
             if hints.session_id:
                 request.turn = self.sessions.begun(request.tenant, hints.session_id)
         request.owner = cache.shares.get(request.tenant)
