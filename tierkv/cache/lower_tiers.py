@@ -99,6 +99,7 @@ class LowerTiers:
         self._below = dict(itertools.pairwise(names))
         self._outbox: deque[tuple[Block, TierName]] = deque()
         self._queued: set[tuple[bytes, TierName]] = set()
+        self._demoted_at: tuple[int, int] | None = None
 
     @property
     def below_pool(self) -> TierName:
@@ -171,9 +172,12 @@ class LowerTiers:
     def _offer_parent_first(
         self, block: Block, tier: TierName, refused: set[tuple[bytes, TierName]]
     ) -> None:
-        """Root first: a parent that was never taken goes before the block, or neither goes."""
+        """Root first: a parent that was never taken goes before the block, or neither goes. Where
+        moves fail neither does: the parent may have been on its way a moment ago."""
         parent = block.parent
-        if parent is None or (parent.key, tier) in refused or not self._source_for(parent, tier):
+        source = self._source_for(parent, tier) if parent is not None else None
+        is_open = source is not None and not self._moves.has_failed_lately((source, tier))
+        if parent is None or (parent.key, tier) in refused or not is_open:
             refused.add((block.key, tier))
             return
         refused.add((parent.key, tier))  # it has one try
@@ -204,19 +208,25 @@ class LowerTiers:
         """Blocks that would be lost with their pool copy go down before the room is needed."""
         pool, below = self._residency.tiers[GPU], self.below_pool
         wanted = int(pool.capacity * self.limits.room) - pool.num_empty
-        if wanted <= 0 or not self.has_budget(GPU, below):
+        evictor = self._evictors[GPU]
+        seen = evictor.num_evicted, evictor.num_evictable
+        if wanted <= 0 or seen == self._demoted_at or not self.has_budget(GPU, below):
             return
-        for block in self._evictors[GPU].victims(min(wanted, _MOST_TRIES)):
-            if lower_tier(block) is None and below not in block.copies and _is_leaf(block):
+        lost = [b for b in evictor.victims(min(wanted, _MOST_TRIES)) if lower_tier(b) is None]
+        self._demoted_at = None if lost else seen  # none: nor will there be while nothing changes
+        for block in lost:
+            if below not in block.copies and _is_leaf(block):
                 self._drain(block, GPU, below)
 
     def _drain(self, block: Block, source: TierName, tier: TierName) -> bool:
-        """Begin to demote; False when the tier below does not want it, or has no room."""
+        """Begin to demote; False when the tier below does not want it, has no room, or is sick: a
+        block that is on its way there in vain again and again is no room for others either."""
         hint = self.hint_of(block)
         if (
             self._admits(block, tier, When.EVICTED, hint)
             and self._moves.has_parent_below(block, tier)
             and self.has_budget(source, tier)
+            and not self._moves.has_failed_lately((source, tier))
             and self.make_slot(tier, block)
             and self._may_write(tier)
         ):

@@ -33,6 +33,7 @@ Link = tuple[TierName, TierName]
 _ARRIVED = (CopyState.READY, CopyState.DRAINING)
 _COMING = (*_ARRIVED, CopyState.FILLING)
 _SOURCE_IS_GONE = (MoveFailure.LOST, MoveFailure.CORRUPT)
+_PAUSE_S = 1.0  # after a failure nothing is given up for the sake of the link
 
 
 @dataclass(slots=True, eq=False)
@@ -68,12 +69,14 @@ class Ticket:
 
 @dataclass(slots=True)
 class LinkStats:
-    """What one link (source tier, destination tier) did since the start."""
+    """What one link (source tier, destination tier) did since the start, and when a move on it
+    failed last."""
 
     num_moves: int = 0
     num_bytes: int = 0
     seconds: float = 0.0
     failures: Counter[MoveFailure] = field(default_factory=Counter)
+    failed_s: float = float("-inf")
 
 
 @dataclass(slots=True)
@@ -154,6 +157,11 @@ class Moves:
     def is_quarantined(self, *, is_read: bool) -> bool:
         """Whether the persistent tier is left alone now."""
         return self._mover.is_quarantined(is_read=is_read)
+
+    def has_failed_lately(self, link: Link) -> bool:
+        """Whether the next move on the link is likely to fail too."""
+        stats = self.stats.get(link)
+        return stats is not None and self._clock.now() - stats.failed_s < _PAUSE_S
 
     # ------------------------------------------------------------------ begin
 
@@ -343,6 +351,7 @@ class Moves:
             stats.num_bytes += self.slot_bytes
         else:
             stats.failures[result.failure] += 1
+            stats.failed_s = self._clock.now()
 
     def _stats(self, link: Link) -> LinkStats:
         return self.stats.setdefault(link, LinkStats())
