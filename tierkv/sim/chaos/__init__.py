@@ -1,0 +1,1 @@
+"""Deterministic fault simulation: a seed decides what comes, what fails, and when."""
