@@ -20,7 +20,7 @@ import gzip
 import io
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -94,4 +94,5 @@ def new_file(path: Path) -> Iterator[TextIO]:
         fix = f"cannot be written: {error.strerror or error}"
         raise ConfigError("out", str(path), fix) from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
