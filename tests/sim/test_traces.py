@@ -66,6 +66,8 @@ def test_a_timed_trace_of_vllm_is_known_by_its_blocks(tmp_path: Path) -> None:
     assert read_trace(path).block_size == 16
     found, _ = read(path, format="vllm", time_unit="ms")
     assert found[1].arrival_s == pytest.approx(0.0015)
+    says = written(tmp_path, [record | {"block_size": 16}, record | {"timestamp": 4}])
+    assert read(says)[0][1].arrival_s == pytest.approx(0.0015)
 
 
 def test_lengths_of_azure_share_nothing(tmp_path: Path) -> None:

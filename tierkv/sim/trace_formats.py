@@ -266,9 +266,14 @@ def detected(record: Record, block_size: int | None) -> type[Format] | None:
 
 
 def _has_vllm_blocks(record: Record, block_size: int | None) -> bool:
-    """Whether the ids are too many for blocks of 512 and just enough for blocks of 16."""
+    """Whether nobody says how long blocks are, and the ids are just enough for 16 tokens each."""
     ids, num_input = record["hash_ids"], fields.named(record, fields.INPUT)[1]
-    if block_size is not None or type(num_input) is not int or not isinstance(ids, list):
+    if (
+        block_size is not None
+        or "block_size" in record
+        or type(num_input) is not int
+        or not isinstance(ids, list)
+    ):
         return False
     size = VllmFormat.default_block_size
     return len(ids) > 1 and len(ids) in (num_input // size, -(-num_input // size))
