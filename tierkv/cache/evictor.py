@@ -169,6 +169,12 @@ class Evictor:
         for tier in block.copies:
             self._peers[tier].renew(block)
 
+    def own(self, block: Block, owner: Share, hint_of: Hinter) -> None:
+        """The block is `owner`'s from now on, in every tier."""
+        self._residency.own(block, owner)
+        for tier in block.copies:
+            self._peers[tier].adopt(block, hint_of(block))
+
     def adopt(self, block: Block, hint: AccessHint) -> None:
         """The block, which is here already, has got an owner; its parent has had one."""
         copy = block.copies[self.tier]

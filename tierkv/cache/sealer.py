@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from tierkv.cache.evictor import GPU, Evictor
 from tierkv.cache.hashing import pack_tokens
@@ -11,6 +12,7 @@ from tierkv.cache.lookup import is_in_pool
 from tierkv.cache.pool_blocks import PoolBlocks
 from tierkv.cache.prefix_tree import Block, PrefixTree
 from tierkv.cache.residency import CopyState, Residency
+from tierkv.cache.shares import adopt_below
 from tierkv.policies.base import AccessHint
 
 
@@ -60,8 +62,14 @@ class Sealer:
         tokens = pack_tokens(seq.token_ids[start : start + self._block_size])
         parent = self._parent_of(seq, index)
         self._tree.insert(block, key, parent, tokens)
+        self._adopt_below(block, hint)
         self._publish(block, hint)
         return True
+
+    def _adopt_below(self, block: Block, hint: AccessHint) -> None:
+        """What was recovered without its parent, and has found it, gets its owner."""
+        if block.owner is not None and block.children:
+            adopt_below(block, block.owner, self._evictor, lambda b: replace(hint, depth=b.depth))
 
     def _publish(self, block: Block, hint: AccessHint) -> None:
         """The block's pool copy is complete and in the tree: others may use it, or copy it."""

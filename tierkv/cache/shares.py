@@ -22,6 +22,7 @@ from tierkv.policies.shares import TenantShares
 from tierkv.types import TierName
 
 if TYPE_CHECKING:
+    from tierkv.cache.evictor import Evictor, Hinter
     from tierkv.cache.holder import BlockHolder
     from tierkv.cache.prefix_tree import Block
     from tierkv.cache.tiered_cache import TieredCache
@@ -95,15 +96,14 @@ def adopt_salt(cache: TieredCache, salt: str, share: Share) -> None:
     if root is None or root.owner is share:
         return
     root.owner = share
-    pending = list(root.children.values())
+    adopt_below(root, share, cache.evictors[TierName.GPU], cache.hint_of)
+
+
+def adopt_below(block: Block, share: Share, evictor: Evictor, hint_of: Hinter) -> None:
+    """What hangs under a block of the share's, and came before that was known, is the share's."""
+    pending = list(block.children.values())
     while pending:
-        block = pending.pop()
-        if block.owner is not share:
-            _adopt(cache, block, share)
-        pending.extend(block.children.values())
-
-
-def _adopt(cache: TieredCache, block: Block, share: Share) -> None:
-    cache.residency.own(block, share)
-    for tier in block.copies:
-        cache.evictors[tier].adopt(block, cache.hint_of(block))
+        child = pending.pop()
+        if child.owner is not share:
+            evictor.own(child, share, hint_of)
+        pending.extend(child.children.values())

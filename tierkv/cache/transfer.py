@@ -9,6 +9,7 @@ from __future__ import annotations
 from tierkv.cache.evictor import GPU
 from tierkv.cache.hashing import TOKEN_BYTES, block_key
 from tierkv.cache.prefix_tree import Block
+from tierkv.cache.shares import adopt_below
 from tierkv.cache.tiered_cache import TieredCache
 from tierkv.errors import RequestError
 from tierkv.protocols import BlockPort
@@ -53,6 +54,8 @@ def take_in(
         return "busy"
     port.write(block.copies[GPU].slot, payload)
     cache.tree.insert(block, key, above or cache.tree.ensure_root(salt), tokens)
+    if block.owner is not None and block.children:
+        adopt_below(block, block.owner, cache.evictors[GPU], cache.hint_of)
     cache.residency.commit_fill(block, GPU)
     cache.evictors[GPU].enter(block, cache.hint_of(block))
     cache.keeps.arrived(block)
