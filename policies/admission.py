@@ -3,6 +3,7 @@
 write-through  at once: when it is READY above; asked again (at its uses, at its eviction) as long
                as it is not below, because a busy tier may have turned it away
 write-back     when it is evicted above
+prompt-only    write-through of what prompts hold; what is generated is not written
 second-hit     when it is requested for the second time, or evicted after that
 
 What is written and never read wears flash for nothing; second-hit spares it the blocks that only
@@ -43,6 +44,13 @@ class WriteThrough:
 
     def admits(self, key: Key, when: When, hint: AccessHint) -> bool:
         return True
+
+
+class PromptOnly:
+    """Every block of a prompt as soon as possible; a generated one once it comes back in one."""
+
+    def admits(self, key: Key, when: When, hint: AccessHint) -> bool:
+        return when is not When.EVICTED and not hint.is_output
 
 
 class WriteBack:

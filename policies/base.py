@@ -30,6 +30,8 @@ class AccessHint:
         priority: the request's priority (lower is more urgent).
         ends_use: a use that was told already (by `insert` or `touch`) ends now: the block was
             recently used, but not once more.
+        is_output: the request that uses the block has generated (a part of) it, so that nobody
+            else has asked for it yet.
     """
 
     now: float = 0.0
@@ -43,6 +45,7 @@ class AccessHint:
     tenant: str = ""
     priority: int = 0
     ends_use: bool = False
+    is_output: bool = False
 
 
 class Why(enum.Enum):

@@ -24,10 +24,12 @@ _BUILT_IN: dict[str, dict[str, str]] = {
         "arc": "tierkv.policies.arc:ArcPolicy",
         "tinylfu": "tierkv.policies.tinylfu:TinyLfuPolicy",
         "gdsf": "tierkv.policies.gdsf:GdsfPolicy",
+        "reuse": "tierkv.policies.reuse:ReusePolicy",
         "belady": "tierkv.policies.belady:BeladyPolicy",
     },
     "admission": {
         "write-through": "tierkv.policies.admission:WriteThrough",
+        "prompt-only": "tierkv.policies.admission:PromptOnly",
         "write-back": "tierkv.policies.admission:WriteBack",
         "second-hit": "tierkv.policies.admission:SecondHit",
     },

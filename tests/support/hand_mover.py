@@ -108,6 +108,7 @@ class Holder:
     num_computed: int = 0
     num_sealed: int = 0
     num_released: int = 0
+    num_prompt_tokens: int = 0
     blocks: list[Block | None] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)
     block_keys: list[BlockKey] = field(default_factory=list)

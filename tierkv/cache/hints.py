@@ -13,12 +13,22 @@ from tierkv.types import TierName
 class HintMaker:
     """Makes the hints of one access; only the depth differs between its blocks."""
 
-    __slots__ = ("ends_use", "now", "priority", "tenant", "tokens", "turn", "wishes")
+    __slots__ = (
+        "ends_use",
+        "first_output",
+        "now",
+        "priority",
+        "tenant",
+        "tokens",
+        "turn",
+        "wishes",
+    )
 
     def __init__(self, now: float, tokens: int, seq: BlockHolder, ends_use: bool) -> None:
         self.now, self.tokens, self.ends_use = now, tokens, ends_use
         self.priority, self.tenant, self.wishes = seq.priority, seq.tenant, seq.hints
         self.turn = seq.turn
+        self.first_output = seq.num_prompt_tokens // tokens
 
     def __call__(self, depth: int) -> AccessHint:
         hint = AccessHint(
@@ -29,6 +39,8 @@ class HintMaker:
         if self.wishes is not None:
             hint.session, hint.stop_reason = self.wishes.session_id, self.wishes.turn
             hint.turn = self.turn
+        if depth >= self.first_output:
+            hint.is_output = True
         return hint
 
 
@@ -81,6 +93,7 @@ class BlockCosts:
             hint.tenant,
             hint.priority,
             hint.ends_use,
+            hint.is_output,
         )
 
     def _load_s(self, block: Block, tier: TierName) -> float:

@@ -31,12 +31,13 @@ class Wishes(Protocol):
 class BlockHolder(Protocol):
     """A token stream that holds blocks; `engine.request.Sequence` is one.
 
-    The cache writes every field but `seq_id`, `token_ids`, `cache_salt` and `priority`; the
-    scheduler advances `num_computed` after it had the cache `grow` the table.
+    The cache writes every field but `seq_id`, `token_ids`, `num_prompt_tokens`, `cache_salt` and
+    `priority`; the scheduler advances `num_computed` after it had the cache `grow` the table.
     """
 
     seq_id: int
     token_ids: list[int]
+    num_prompt_tokens: int
     num_computed: int
     num_sealed: int
     num_released: int

@@ -36,7 +36,7 @@ from tierkv.errors import InvariantError
 from tierkv.policies.admission import When
 from tierkv.policies.base import AccessHint, EvictionPolicy
 from tierkv.protocols import Clock, CostModel, Mover
-from tierkv.types import BlockKey, Move, TierName
+from tierkv.types import Move, TierName
 
 __all__ = ["CPU", "GPU", "NVME", "Lookup", "Match", "TieredCache"]
 
@@ -133,9 +133,7 @@ class TieredCache:
             tiers, self.residency, self.evictors, self.moves, limits, self.hint_of, self.block_size
         )
         self.loads = Loads(self.moves, self.pool, self.tails, self._truncate, limits.load_timeout_s)
-        self.prefetcher = Prefetcher(
-            self.pool, self.loads, self.lower, self._walker, self.claims
-        )
+        self.prefetcher = Prefetcher(self.pool, self.loads, self.lower, self._walker, self.claims)
         self.swapper = Swapper(
             self.residency, self.moves, self.lower, self.loads, self.pool, self.tails
         )

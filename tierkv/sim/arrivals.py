@@ -20,7 +20,7 @@ from tierkv.types import BlockKey
 LOOK_AHEAD = 4096
 """Requests among which a session's next one is looked for."""
 
-_OWN = 1 << 63  # ids of blocks that nobody else has begin here
+_OWN = (1 << 63) + (1 << 31)  # ids of blocks that nobody else has begin here
 _LOW = (1 << 32) - 1
 _KEY_BYTES = 16
 

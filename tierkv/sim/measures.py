@@ -1,9 +1,9 @@
 """What a replay is measured by.
 
-    hit rate    prompt tokens whose KV a tier had / prompt tokens (of it, the part of each tier)
-    TTFT        first token - arrival; ITL: between two tokens of a sequence
-    good        TTFT and the mean time per further token are within the SLO
-    goodput     good requests per second
+hit rate    prompt tokens whose KV a tier had / prompt tokens (of it, the part of each tier)
+TTFT        first token - arrival; ITL: between two tokens of a sequence
+good        TTFT and the mean time per further token are within the SLO
+goodput     good requests per second
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ class Slo:
 
     ttft_s: float = 10.0
     tpot_s: float = 0.1
+
+
+DEFAULT_SLO = Slo()
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from tierkv.errors import InvariantError
 from tierkv.sim.arrivals import Arrival, BlockNames, key_of, with_following
 from tierkv.sim.executor import Stream
 from tierkv.sim.machine import Machine, World, build_world
-from tierkv.sim.measures import Measures, Slo, Tally
+from tierkv.sim.measures import DEFAULT_SLO, Measures, Slo, Tally
 from tierkv.sim.trace import Trace, TraceRequest
 
 MOST_QUEUED = 1024
@@ -44,11 +44,14 @@ class Load:
     has_hints: bool = True
 
 
+AS_RECORDED = Load()
+
+
 def replay(
     trace: Trace,
     machine: Machine,
-    load: Load = Load(),
-    slo: Slo = Slo(),
+    load: Load = AS_RECORDED,
+    slo: Slo = DEFAULT_SLO,
     progress: Progress | None = None,
 ) -> Measures:
     """Play the whole trace and measure.
