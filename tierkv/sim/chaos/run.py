@@ -8,6 +8,7 @@ at the end every request has ended, within bounded time; nothing is held, and no
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -21,15 +22,19 @@ from tierkv.sim.chaos.answers import Answers, Asked
 from tierkv.sim.chaos.contents import Contents
 from tierkv.sim.chaos.faults import Faults, Weather
 from tierkv.sim.chaos.log import Log
-from tierkv.sim.chaos.scenario import PREFIXES, Op, Scenario
+from tierkv.sim.chaos.scenario import PREFIXES, Scenario
 from tierkv.sim.chaos.world import World
 from tierkv.sim.clock import VirtualClock
 
 _TICK_S = 1e-3
 _LEAP_S = 0.05
-_PATIENCE_S = 20.0
+_PATIENCE_S = 60.0
 _PATIENCE_STEPS = 2000
 _IDLE_STEPS = 500
+_COUNTED = (
+    *("steps", "computed_tokens", "generated_tokens", "hit_tokens", "preemptions", "swaps"),
+    *("loads_chosen", "recomputes_chosen"),
+)
 
 
 class Run:
@@ -58,6 +63,7 @@ class Run:
             scenario.time,
         )
         self._answers = Answers()
+        self._counts: Counter[str] = Counter()
         self._exported: list[tuple[str, list[Any]]] = []
         self._world = self._start([])
 
@@ -79,9 +85,28 @@ class Run:
         }
         for op in self._scenario.ops:
             self.log.add("op", str(op))
+            self._counts[op.name] += 1
             ways[op.name](**op.values)
             self.core.check()
         self._finish()
+
+    def tally(self) -> Counter[str]:
+        """How often what happened, over all engines of the run."""
+        return self._counts + self._of_engine()
+
+    def _of_engine(self) -> Counter[str]:
+        cache, metrics = self.core.cache, self.core.scheduler.metrics
+        counts = Counter({name: getattr(metrics, name) for name in _COUNTED})
+        if cache.moves is None:
+            return counts
+        for (source, to), stats in cache.moves.stats.items():
+            counts[f"{source.value}->{to.value}"] += stats.num_moves
+            counts.update({failure.value: n for failure, n in stats.failures.items()})
+        counts["rescued"], counts["joined"] = cache.moves.num_rescued, cache.loads.num_joined
+        counts["prefetched"], counts["tails"] = cache.loads.num_prefetched, cache.loads.num_tails
+        if cache.moves.erasures is not None:
+            counts["erasures failed"] = cache.moves.erasures.num_failures
+        return counts
 
     # ------------------------------------------------------------------ steps and time
 
@@ -207,6 +232,7 @@ class Run:
         if is_clean:
             self.core.close()
         self._answers.cut()
+        self._counts += self._of_engine()
         loss = 0.0 if is_clean else self._rng.choice([0.0, 0.1, 0.5])
         stored = self.contents.restart(self._rng, loss)
         self.log.add("stored", len(stored))
@@ -308,7 +334,7 @@ class Run:
 
     def _check_empty(self) -> None:
         for tier in self.core.cache.residency.tiers.values():
-            if tier.num_empty != tier.capacity:
+            if tier.num_empty < tier.capacity:
                 raise InvariantError(
                     f"{tier.name.value}: {tier.num_empty} of {tier.capacity} empty"
                 )
