@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Generic, TypeVar
 
 from tierkv.policies.base import Key
 
@@ -36,3 +37,28 @@ class Ghosts:
         """Forget the oldest beyond `limit`."""
         while len(self._keys) > max(0, limit):
             del self._keys[next(iter(self._keys))]
+
+
+V = TypeVar("V")
+
+
+class GhostValues(Generic[V]):
+    """A first-in first-out map of keys, with something to remember for each."""
+
+    def __init__(self) -> None:
+        self._values: dict[Key, V] = {}
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def put(self, key: Key, value: V, limit: int) -> list[V]:
+        """Remember the key as the newest of at most `limit`; the values that are forgotten."""
+        gone = [self._values.pop(key)] if key in self._values else []
+        self._values[key] = value
+        while len(self._values) > max(0, limit):
+            gone.append(self._values.pop(next(iter(self._values))))
+        return gone
+
+    def pop(self, key: Key) -> V | None:
+        """Forget the key; what was remembered for it."""
+        return self._values.pop(key, None)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from heapq import heapify, heappop, heappush
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tierkv.policies.base import AccessHint, Key, TreeView, Why
 
@@ -27,7 +27,7 @@ GONE = -1  # the segment of a block that left before its child
 
 
 class Entry:
-    """A block of the tier. `uses` is the policy's own count or bit.
+    """A block of the tier. `uses` is the policy's own count or bit, `use` what it files it under.
 
     `version` names the heap item that stands for the block, 0 when none does. A child stays linked
     to a parent that left before it; that one is in no segment and never proposed.
@@ -41,6 +41,7 @@ class Entry:
         "rank",
         "retention",
         "segment",
+        "use",
         "uses",
         "version",
     )
@@ -49,6 +50,7 @@ class Entry:
         self.key = key
         self.parent = parent
         self.rank: Rank = ()
+        self.use: Any = None
         self.segment = self.uses = self.num_children = self.version = self.retention = 0
         self.evictable = False
 
@@ -95,6 +97,10 @@ class LeafQueues(ABC):
         Every yes must use something up, so that the answer is no in the end.
         """
         return False
+
+    def freed(self, entry: Entry) -> None:
+        """The block may go from now on: the last moment to rank it."""
+        return None
 
     def left(self, entry: Entry, why: Why) -> None:
         """The block has left the tier."""
@@ -229,6 +235,7 @@ class LeafQueues(ABC):
     def _update(self, entry: Entry) -> None:
         """Make the block a candidate if it may be one; otherwise its heap item becomes stale."""
         if entry.evictable and entry.num_children == 0:
+            self.freed(entry)
             self._push(entry)
         else:
             entry.version = 0

@@ -58,6 +58,7 @@ def evict(policy: EvictionPolicy, n: int) -> str:
         ("arc", "cdab"),
         ("tinylfu", "cdab"),
         ("gdsf", "cdba"),
+        ("reuse", "cdab"),
     ],
 )
 def test_order(name: str, victims: str) -> None:

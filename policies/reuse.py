@@ -1,0 +1,268 @@
+"""Reuse: learn when blocks of a kind come again, and give up those that are worth least room.
+
+    kind      of a use of a block, from what the engine knows when it ends:
+                  stop     the request's stop reason: unknown, end, tool call
+                  gap      how long ago its chain was used before, as a quarter of the recent
+                           gaps; or no use before: a new conversation, as far as one can see
+                  part     fresh (computed by this request), reused, or shared by several chains
+    learn     a use ends: the block is watched, in its tier or (by its key, for as long as ghosts
+              reach) out of it, until it is used again; `reuse_curves` counts at which age
+    rank      worth[kind][age], then the end of the last use: hits per second of room
+    propose   leaves by rising rank (`leaf_first`)
+
+Blocks of one chain that one request used last are one `Use`: they have kind and age in common, so
+the worth of all is one number, which changes only when the age enters another band (octaves) or
+the curves are learned anew. Session ids are not needed: a request that finds the end of a chain
+that no other has branched from, in the tier or among ghosts, continues it.
+
+A ghost is kept for every fourth block of a chain that leaves from its tail on, and stands for the
+blocks above it too: whoever uses one uses its ancestors. Ghosts are at most twice the blocks that
+the tier has held.
+
+Sources: the index is Gittins's (1979), as in `reuse_curves`; classes learned online and no
+training come from LHD (Beckmann et al., NSDI 2018); stop reasons as predictors from Continuum (Li
+et al. 2025); kinds of requests from "KVCache Cache in the Wild" (Wang et al., ATC 2025).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from heapq import heapify, heappop, heappush
+from math import inf
+
+from tierkv.policies.base import AccessHint, Why
+from tierkv.policies.ghosts import GhostValues
+from tierkv.policies.leaf_first import Entry, LeafQueues, Rank
+from tierkv.policies.reuse_curves import NUM_BANDS, ReuseCurves, band_of, end_of
+
+FRESH, REUSED, SHARED = range(3)
+_STOPS = {"end": 1, "tool_call": 2}
+_NUM_STOPS, _NUM_GAPS, _NUM_PARTS = 3, 5, 3
+_GAP_SAMPLES = 256
+_GHOST_EVERY = 4
+
+
+class Use:
+    """The blocks of a chain that one request used last.
+
+    Attributes:
+        blocks: how many are watched, those that ghosts stand for included.
+        gap_s: age of the use before it, negative when none is known.
+        leaves: those of its blocks that could go now, oldest first.
+        ghost: the last one that was made of its blocks.
+    """
+
+    __slots__ = ("band", "blocks", "gap_s", "ghost", "kind", "leaves", "number", "rank", "time_s")
+
+    def __init__(self, kind: int, time_s: float, number: int, worth: float, gap_s: float) -> None:
+        self.kind, self.time_s, self.number, self.gap_s = kind, time_s, number, gap_s
+        self.band = self.blocks = 0
+        self.rank: Rank = (worth, number)
+        self.leaves: dict[Entry, None] = {}
+        self.ghost: Ghost | None = None
+
+
+class Ghost:
+    """Blocks that are gone, watched by the key of the deepest."""
+
+    __slots__ = ("count", "use")
+
+    def __init__(self, use: Use) -> None:
+        self.use, self.count = use, 1
+
+
+class ReusePolicy(LeafQueues):
+    """Least hits per second of room, leaf first.
+
+    Args:
+        prior: blocks of any kind that stand in for what is not known of one, above 0.
+        fade: uses after which what was learned counts half, at least 1.
+    """
+
+    def __init__(self, prior: float = 100.0, fade: float = 50_000.0) -> None:
+        if prior <= 0 or fade < 1:
+            raise ValueError(f"reuse: prior={prior} must be above 0, fade={fade} at least 1")
+        super().__init__()
+        self.ghosts: GhostValues[Ghost] = GhostValues()
+        self._curves = ReuseCurves(_NUM_STOPS * _NUM_GAPS * _NUM_PARTS, prior)
+        self._fade = fade
+        self._now = 0.0
+        self._due: list[tuple[float, int, Use]] = []
+        self._num_uses = self._refreshed_at = 0
+        self._gaps = Gaps()
+        self._use: Use | None = None  # what the blocks touched last belong to
+        self._verb = ""
+        self._neighbour: Entry | None = None  # the block that may join them
+
+    # ------------------------------------------------------------------ what happens to blocks
+
+    def entered(self, entry: Entry, hint: AccessHint) -> None:
+        if hint.now > self._now:
+            self._advance(hint.now)
+        above, use = entry.parent, self._use
+        if use is None or self._verb != "insert" or above is not self._neighbour or above is None:
+            use = self._begin("insert", -1.0 if above is None else above.use.gap_s, FRESH, hint)
+        ghost = self.ghosts.pop(entry.key)
+        if ghost is not None:
+            entry.uses = REUSED
+            self._came_back(ghost, use)
+        elif above is not None and above.num_children > 1:
+            above.uses = SHARED
+            use.gap_s = -1.0
+        entry.use, self._neighbour = use, entry
+        use.blocks += 1
+        self._curves.entered[use.kind][0] += 1
+
+    def _came_back(self, ghost: Ghost, use: Use) -> None:
+        old = ghost.use
+        self._curves.reused[old.kind][old.band] += ghost.count
+        old.blocks -= ghost.count
+        if old.ghost is ghost:
+            old.ghost = None
+        if use.gap_s < 0:
+            self._gaps.add(self._now - old.time_s)
+        use.gap_s = self._now - old.time_s
+
+    def used(self, entry: Entry, hint: AccessHint) -> None:
+        if hint.now > self._now:
+            self._advance(hint.now)
+        if hint.ends_use:
+            self._ended(entry, hint)
+        else:
+            self._reused(entry, hint)
+
+    def _reused(self, entry: Entry, hint: AccessHint) -> None:
+        old, use = entry.use, self._use
+        if use is None or self._verb != "touch" or entry is not self._neighbour:
+            gap_s = -1.0 if entry.uses == SHARED else self._now - old.time_s
+            self._gaps.add(gap_s)
+            use = self._begin("touch", gap_s, max(entry.uses, REUSED), hint)
+        self._curves.reused[old.kind][old.band] += 1
+        entry.uses = entry.uses or REUSED
+        self._join(entry, use)
+
+    def _ended(self, entry: Entry, hint: AccessHint) -> None:
+        """Its last use was none that ended at its beginning: that one is not counted."""
+        old, use = entry.use, self._use
+        if use is None or self._verb != "end" or entry is not self._neighbour:
+            use = self._begin("end", old.gap_s, entry.uses, hint)
+        elif entry.uses > use.kind % _NUM_PARTS:
+            use = self._begin("end", use.gap_s, entry.uses, hint)
+        counts = self._curves.entered[old.kind]
+        for band in range(old.band + 1):
+            counts[band] -= 1
+        self._join(entry, use)
+
+    def _join(self, entry: Entry, use: Use) -> None:
+        old = entry.use
+        old.blocks -= 1
+        use.blocks += 1
+        self._curves.entered[use.kind][0] += 1
+        entry.use, self._neighbour = use, entry.parent
+        if entry.version:
+            old.leaves.pop(entry, None)
+            use.leaves[entry] = None
+            self.place(entry, use.rank)
+
+    def freed(self, entry: Entry) -> None:
+        use = entry.use
+        use.leaves[entry] = None
+        entry.rank = use.rank
+
+    def left(self, entry: Entry, why: Why) -> None:
+        use = entry.use
+        use.leaves.pop(entry, None)
+        if self._neighbour is entry:
+            self._neighbour = self._use = None
+        if why is not Why.EVICTED:
+            use.blocks -= 1
+        elif use.ghost is not None and use.ghost.count < _GHOST_EVERY:
+            use.ghost.count += 1
+        else:
+            use.ghost = Ghost(use)
+            for gone in self.ghosts.put(entry.key, use.ghost, 2 * self.peak):
+                gone.use.blocks -= gone.count
+                if gone.use.ghost is gone:
+                    gone.use.ghost = None
+
+    # ------------------------------------------------------------------ uses and their ages
+
+    def _begin(self, verb: str, gap_s: float, part: int, hint: AccessHint) -> Use:
+        stop = _STOPS.get(hint.stop_reason, 0)
+        kind = (stop * _NUM_GAPS + self._gaps.bucket(gap_s)) * _NUM_PARTS + part
+        self._num_uses += 1
+        worth = self._curves.worth[kind][0]
+        use = self._use = Use(kind, self._now, self._num_uses, worth, gap_s)
+        heappush(self._due, (self._now + end_of(0), use.number, use))
+        self._verb = verb
+        return use
+
+    def _advance(self, now: float) -> None:
+        """It is later: the ages of some uses are in another band."""
+        self._now, self._neighbour = now, None
+        due = self._due
+        while due and due[0][0] <= now:
+            use = heappop(due)[2]
+            if use.blocks > 0:
+                self._grow_older(use)
+        if self._num_uses - self._refreshed_at > 16 + len(due) // 8:
+            self._refresh()
+
+    def _grow_older(self, use: Use) -> None:
+        entered = self._curves.entered[use.kind]
+        last = band_of(self._now - use.time_s)
+        for band in range(use.band + 1, last + 1):
+            entered[band] += use.blocks
+        use.band = max(use.band, last)
+        self._rank(use)
+        ends_s = use.time_s + end_of(use.band) if use.band < NUM_BANDS - 1 else inf
+        heappush(self._due, (ends_s, use.number, use))
+
+    def _rank(self, use: Use) -> None:
+        rank = (self._curves.worth[use.kind][use.band], use.number)
+        if rank != use.rank:
+            use.rank = rank
+            for entry in [*use.leaves]:
+                if entry.version:
+                    self.place(entry, rank)
+                else:
+                    del use.leaves[entry]
+
+    def _refresh(self) -> None:
+        """Learn the curves anew, and rank by them."""
+        uses = self._num_uses - self._refreshed_at
+        self._refreshed_at = self._num_uses
+        self._curves.refresh(0.5 ** (uses / self._fade))
+        self._gaps.refresh()
+        self._due = [item for item in self._due if item[2].blocks > 0]
+        heapify(self._due)
+        for _, _, use in self._due:
+            self._rank(use)
+
+
+class Gaps:
+    """Recent gaps, to tell a short one from a long one whatever the workload's pace is."""
+
+    def __init__(self) -> None:
+        self._recent: list[float] = []
+        self._place = 0
+        self._quarters: list[float] = []
+
+    def add(self, gap_s: float) -> None:
+        """Remember it, if it is one."""
+        if gap_s < 0:
+            return
+        if len(self._recent) < _GAP_SAMPLES:
+            self._recent.append(gap_s)
+        else:
+            self._recent[self._place % _GAP_SAMPLES] = gap_s
+        self._place += 1
+
+    def refresh(self) -> None:
+        ordered = sorted(self._recent)
+        count = len(ordered)
+        self._quarters = [ordered[count * i // 4] for i in (1, 2, 3)] if count else []
+
+    def bucket(self, gap_s: float) -> int:
+        """0 when there is none, else 1 to 4, the shortest first."""
+        return 0 if gap_s < 0 else 1 + bisect_right(self._quarters, gap_s)

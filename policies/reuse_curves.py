@@ -1,0 +1,93 @@
+"""When blocks of a kind are used again: hazards by age, learned while serving, and what to keep.
+
+    band b      ages in [2^(b-5), 2^(b-4)) seconds; the first begins at 0
+    hazard      h[b] = (reused[b] + prior * h_all[b]) / (entered[b] + prior):  of the blocks that
+                reached the band unused, the share that was used in it; h_all is that of all kinds
+    worth[b]    sup over m >= b of  sum_{j=b..m} S_j h_j  /  sum_{j=b..m} S_j (1 - h_j / 2) w_j
+                S_b = 1, S_{j+1} = S_j (1 - h_j), w_j the width of the band
+
+`worth` is the Gittins index of a block that is kept until its next use and no longer than till the
+end of band m: hits per second of room, at the best moment to give up. To give up the block of least
+worth is optimal for a room that is kept full on average, if next uses of blocks are independent
+given their kind (Gittins 1979, "Bandit Processes and Dynamic Allocation Indices"). LHD (Beckmann,
+Chen and Cidon, NSDI 2018) ranks by the same ratio, to the moment when its own evictions end the
+life; here nothing depends on what was evicted, because blocks that are gone are still watched.
+
+All sups of a kind are the slopes of one upper convex hull, found in one pass from the last band.
+"""
+
+from __future__ import annotations
+
+from math import frexp
+
+NUM_BANDS = 36
+_FIRST = 4  # the first band ends at 2^-4 s
+WIDTHS = [2.0**-_FIRST, *(2.0 ** (band - 1 - _FIRST) for band in range(1, NUM_BANDS))]
+
+
+def band_of(age_s: float) -> int:
+    """The band that an age is in."""
+    exponent = frexp(age_s)[1] + _FIRST
+    return 0 if exponent < 0 or age_s <= 0 else min(exponent, NUM_BANDS - 1)
+
+
+def end_of(band: int) -> float:
+    """The age at which the band ends, seconds."""
+    return 2.0 ** (band - _FIRST)
+
+
+class ReuseCurves:
+    """Counts and worths, by kind and band.
+
+    Args:
+        num_kinds: kinds of blocks.
+        prior: blocks of all kinds that stand in for what is not known of one.
+
+    Attributes:
+        entered, reused: blocks that reached a band unused, and those that were used in it; by
+            kind, then band.
+        worth: as above, as of the last `refresh`; nothing is worth anything before.
+    """
+
+    def __init__(self, num_kinds: int, prior: float) -> None:
+        self.entered = [[0.0] * NUM_BANDS for _ in range(num_kinds)]
+        self.reused = [[0.0] * NUM_BANDS for _ in range(num_kinds)]
+        self.worth = [[0.0] * NUM_BANDS for _ in range(num_kinds)]
+        self._prior = prior
+
+    def refresh(self, keep: float) -> None:
+        """Compute the worths, then let counts fade to this share."""
+        entered = [sum(column) for column in zip(*self.entered, strict=True)]
+        reused = [sum(column) for column in zip(*self.reused, strict=True)]
+        overall = [min(1.0, r / e) if e > 0 else 0.0 for r, e in zip(reused, entered, strict=True)]
+        for kind, reached in enumerate(self.entered):
+            if reached[0] > 0:
+                self.worth[kind] = hull(self._hazards(kind, overall))
+                self.entered[kind] = [keep * count for count in reached]
+                self.reused[kind] = [keep * count for count in self.reused[kind]]
+
+    def _hazards(self, kind: int, overall: list[float]) -> list[float]:
+        prior = self._prior
+        counts = zip(self.reused[kind], self.entered[kind], overall, strict=True)
+        return [min(1.0, max(0.0, (r + prior * h) / (max(0.0, e) + prior))) for r, e, h in counts]
+
+
+def hull(hazards: list[float]) -> list[float]:
+    """The worth of each band.
+
+    From the last band on, a stack of stretches `(hits, room)` whose slopes fall: a new band joins
+    the stretches after it for as long as they are steeper than what it has become.
+    """
+    worths = [0.0] * len(hazards)
+    stack: list[tuple[float, float, float]] = []  # hits, room, survivors; each from survival 1
+    for band in range(len(hazards) - 1, -1, -1):
+        hazard = hazards[band]
+        hits, room, alive = hazard, (1 - hazard / 2) * WIDTHS[band], 1 - hazard
+        while stack and stack[-1][0] * room > hits * stack[-1][1]:
+            more_hits, more_room, more_alive = stack.pop()
+            hits += alive * more_hits
+            room += alive * more_room
+            alive *= more_alive
+        stack.append((hits, room, alive))
+        worths[band] = hits / room
+    return worths
