@@ -19,6 +19,7 @@ COMMANDS = {
     "kv": "look at and steer the KV cache of a running server",
     "top": "watch a server's tiers and requests in the terminal",
     "plan": "how much KV cache a model needs, and what fits where",
+    "simulate": "replay a trace in virtual time: policies, tiers, hardware that is not here",
     "trace": "look at, convert, generate and record traces of requests",
     "store": "look at, check, repair or delete NVMe stores",
 }

@@ -207,9 +207,7 @@ def _backwards(requests: Sequence[TraceRequest]) -> Iterator[int]:
     return iter(range(len(requests) - 1, -1, -1))
 
 
-def _look_back(
-    number: int, requests: Sequence[TraceRequest], following: dict[int, int]
-) -> _Pieces:
+def _look_back(number: int, requests: Sequence[TraceRequest], following: dict[int, int]) -> _Pieces:
     """The pieces of a request, root first, from what comes after it."""
     pieces: _Pieces = []
     for first, count in requests[number].runs:

@@ -139,9 +139,7 @@ def first_guess(machine: Machine) -> MeasuredCost:
         for tier in (CPU, NVME)
         for is_up in (True, False)
     }
-    return MeasuredCost(
-        machine.slot_bytes, per_token_s=per_token, per_pair_s=per_pair, rates=rates
-    )
+    return MeasuredCost(machine.slot_bytes, per_token_s=per_token, per_pair_s=per_pair, rates=rates)
 
 
 def _mover(machine: Machine, clock: VirtualClock) -> SimMover:

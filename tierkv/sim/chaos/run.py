@@ -64,6 +64,7 @@ class Run:
         )
         self._answers = Answers()
         self._counts: Counter[str] = Counter()
+        self._num_checked = 0
         self._exported: list[tuple[str, list[Any]]] = []
         self._world = self._start([])
 
@@ -113,14 +114,21 @@ class Run:
     def _step(self) -> None:
         before, num_tokens = self._clock.now(), self._num_computed()
         outputs = self.core.step()
-        self.log.add("step", self._num_computed() - num_tokens)
+        if (count := self._num_computed() - num_tokens) != 0:
+            self.log.add("step", count)
         for output in outputs:
             reason = output.finish_reason.value if output.finish_reason is not None else ""
             self.log.add("says", output.request_id, output.index, *output.new_token_ids, reason)
         self._answers.take(outputs)
-        self.core.check()
+        self._check()
         if self._clock.now() == before:
             self._let_time_pass()
+
+    def _check(self) -> None:
+        """Every law, unless nothing has happened."""
+        if len(self.log) != self._num_checked:
+            self.core.check()
+            self._num_checked = len(self.log)
 
     def _num_computed(self) -> int:
         return self.core.scheduler.metrics.computed_tokens
@@ -309,7 +317,7 @@ class Run:
         start_s = self._clock.now()
         while self.core.cache.has_background_work:
             self.core.work_in_background()
-            self.core.check()
+            self._check()
             self._let_time_pass()
             if self._clock.now() - start_s > _PATIENCE_S:
                 pending = self.core.control.pending()
