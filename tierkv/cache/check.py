@@ -62,7 +62,8 @@ def _check_pins(blocks: list[Block], held: list[Block]) -> None:
     """A block is pinned once for every sequence that holds it."""
     holders = Counter(id(block) for block in held)
     for block in blocks:
-        _require(block.pins == holders[id(block)], f"block {block.key.hex()}: pins miscounted")
+        if block.pins != holders.get(id(block), 0):
+            raise InvariantError(f"block {block.key.hex()}: pins miscounted")
 
 
 def _check_readers(cache: TieredCache, blocks: list[Block]) -> None:
@@ -97,7 +98,8 @@ def _check_evictable(cache: TieredCache) -> None:
                 )
             else:
                 _require(copy.is_listed == (copy.state is CopyState.READY), "not listed")
-            _require(copy.is_evictable == is_free, f"{tier.value}: wrongly evictable")
+            if copy.is_evictable != is_free:
+                raise InvariantError(f"{tier.value}: wrongly evictable")
 
 
 def _check_shares(cache: TieredCache, blocks: list[Block]) -> None:

@@ -6,10 +6,13 @@ reason that there is, and says nothing after it.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
+from tierkv.engine.core import EngineCore
 from tierkv.engine.outputs import SequenceOutput
 from tierkv.errors import InvariantError
+from tierkv.sim.chaos.beams import Beam
 from tierkv.sim.chaos.contents import answer
 from tierkv.types import FinishReason
 
@@ -91,25 +94,41 @@ class Answers:
 
     Attributes:
         asked: by name.
+        beams: those whose tokens their callers choose.
         num_news: tokens and ends that have come.
     """
 
     def __init__(self) -> None:
         self.asked: dict[str, Asked] = {}
+        self.beams: dict[str, Beam] = {}
         self.num_news = 0
+
+    @property
+    def new_name(self) -> str:
+        return f"r{len(self.asked) + len(self.beams)}"
 
     def add(self, asked: Asked) -> None:
         self.asked[asked.name] = asked
 
-    def take(self, outputs: list[SequenceOutput]) -> None:
+    def take(self, outputs: list[SequenceOutput], core: EngineCore) -> None:
         for output in outputs:
-            self.num_news += len(output.new_token_ids) + (output.finish_reason is not None)
-            self.asked[output.request_id].take(output)
+            if (beam := self.beams.get(output.request_id)) is not None:
+                self.num_news += 1
+                beam.take(output, core)
+            else:
+                self.num_news += len(output.new_token_ids) + (output.finish_reason is not None)
+                self.asked[output.request_id].take(output)
+
+    def aborted(self, name: str) -> None:
+        """Somebody wants the end of a request."""
+        (self.beams.get(name) or self.asked[name]).is_aborted = True
 
     def cut(self) -> None:
         """The engine ended, and with it what it had not answered."""
         for asked in self.asked.values():
             asked.is_cut = asked.is_cut or not asked.is_over
+        for beam in self.beams.values():
+            beam.tokens.clear()
 
     def chats(self) -> list[tuple[str, list[int]]]:
         """Conversations that can be continued: whose they are, and all their tokens."""
@@ -122,3 +141,12 @@ class Answers:
     def check_ends(self) -> None:
         for asked in self.asked.values():
             asked.check_end()
+        for beam in self.beams.values():
+            if beam.tokens:
+                raise InvariantError(f"{beam.name}: sequences {[*beam.tokens]} wait for ever")
+
+    def tally(self) -> Counter[str]:
+        """How many there were of the rarer kinds."""
+        forked = sum(max(0, len(asked.got) - 1) for asked in self.asked.values())
+        beams = sum(beam.num_forks for beam in self.beams.values())
+        return Counter({"samples forked": forked, "beams forked": beams})

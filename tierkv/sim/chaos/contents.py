@@ -23,10 +23,13 @@ from tierkv.errors import InvariantError
 from tierkv.sim.clock import VirtualClock
 from tierkv.sim.mover import GPU, NVME
 from tierkv.storage.base import StoredBlock
-from tierkv.types import BlockKey, Move, MoveFailure, RowResult, SampledToken, TierName
+from tierkv.types import BlockKey, Logprob, Move, MoveFailure, RowResult, SampledToken, TierName
 
 VOCAB = 50
 STATE_BYTES = 8
+NUM_CANDIDATES = 4
+"""Tokens that a caller who chooses may choose from."""
+
 TOKEN_BYTES = 4
 
 Row = list[int | None]
@@ -47,13 +50,19 @@ def next_token(state: int, sample: int) -> int:
     return (state // 7 + sample * 31) % VOCAB
 
 
+def state_of(salt: str, tokens: list[int]) -> int:
+    """What stands for a whole history."""
+    state = start_state(salt)
+    for token in tokens:
+        state = next_state(state, token)
+    return state
+
+
 def answer(
     salt: str, prompt: list[int], max_tokens: int, sample: int, stop: frozenset[int]
 ) -> list[int]:
     """All that a sample of a request must generate, whatever happens around it."""
-    state = start_state(salt)
-    for token in prompt:
-        state = next_state(state, token)
+    state = state_of(salt, prompt)
     tokens: list[int] = []
     while len(tokens) < max_tokens and not (tokens and tokens[-1] in stop):
         tokens.append(next_token(state, sample))
@@ -166,9 +175,12 @@ class Contents:
         return [self._sample(state, row) for state, row in zip(logits, plan.rows, strict=True)]
 
     def _sample(self, state: int, row: PlanRow) -> RowResult:
-        first = row.seq.index
+        best = None
+        if row.seq.request.is_stepped:
+            best = {next_token(state, i): Logprob(-float(i), i + 1) for i in range(NUM_CANDIDATES)}
+        first = row.seq.index if best is None else 0
         tokens = [next_token(state, first + i) for i in range(row.num_samples)]
-        return RowResult([SampledToken(token) for token in tokens])
+        return RowResult([SampledToken(token, best) for token in tokens])
 
     def forget(self, seq_id: int) -> None:
         self._states.pop(seq_id, None)

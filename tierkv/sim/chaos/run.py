@@ -19,10 +19,12 @@ from tierkv.engine.request import SeqState
 from tierkv.engine.sampling_params import SamplingParams
 from tierkv.errors import InvariantError, RequestError
 from tierkv.sim.chaos.answers import Answers, Asked
+from tierkv.sim.chaos.beams import Beam
 from tierkv.sim.chaos.contents import Contents
 from tierkv.sim.chaos.faults import Faults, Weather
+from tierkv.sim.chaos.history import PREFIXES
 from tierkv.sim.chaos.log import Log
-from tierkv.sim.chaos.scenario import PREFIXES, Scenario
+from tierkv.sim.chaos.scenario import Scenario
 from tierkv.sim.chaos.world import World
 from tierkv.sim.clock import VirtualClock
 
@@ -93,11 +95,12 @@ class Run:
 
     def tally(self) -> Counter[str]:
         """How often what happened, over all engines of the run."""
-        return self._counts + self._of_engine()
+        return self._counts + self._of_engine() + self._answers.tally()
 
     def _of_engine(self) -> Counter[str]:
         cache, metrics = self.core.cache, self.core.scheduler.metrics
         counts = Counter({name: getattr(metrics, name) for name in _COUNTED})
+        counts["strays joined"] = cache.tree.num_joined
         if cache.moves is None:
             return counts
         for (source, to), stats in cache.moves.stats.items():
@@ -119,7 +122,7 @@ class Run:
         for output in outputs:
             reason = output.finish_reason.value if output.finish_reason is not None else ""
             self.log.add("says", output.request_id, output.index, *output.new_token_ids, reason)
-        self._answers.take(outputs)
+        self._answers.take(outputs, self.core)
         self._check()
         if self._clock.now() == before:
             self._let_time_pass()
@@ -162,24 +165,33 @@ class Run:
         stop: int | None,
         hints: dict[str, Any],
     ) -> None:
-        name = f"r{len(self._answers.asked)}"
         stops = [] if stop is None else [stop]
         params = SamplingParams(max_tokens=max_tokens, n=n, stop_token_ids=stops)
-        request = EngineRequest(
-            name,
-            prompt,
-            params,
-            priority,
-            cache_salt=tenant,
-            tenant=tenant,
-            hints=KvHints.parse(hints or None),
-        )
+        given = KvHints.parse(hints or None)
+        if (name := self._add(prompt, params, tenant, priority=priority, hints=given)) is not None:
+            asked = Asked(name, prompt, tenant, max_tokens, n, frozenset(stops))
+            self._answers.asked[name] = asked
+
+    def _add(
+        self, prompt: list[int], params: SamplingParams, tenant: str, **values: Any
+    ) -> str | None:
+        """Queue a request; its name, unless the engine refuses it."""
+        name = self._answers.new_name
+        request = EngineRequest(name, prompt, params, cache_salt=tenant, tenant=tenant, **values)
         try:
             self.core.add_request(request)
         except RequestError as error:
             self.log.add("refused", type(error).__name__)
-            return
-        self._answers.add(Asked(name, prompt, tenant, max_tokens, n, frozenset(stops)))
+            return None
+        return name
+
+    def _do_beam(
+        self, family: int, length: int, suffix: list[int], depth: int, tenant: str
+    ) -> None:
+        """A request whose caller chooses every token."""
+        prompt, params = [*PREFIXES[family][:length], *suffix], SamplingParams(max_tokens=depth + 1)
+        if (name := self._add(prompt, params, tenant, is_stepped=True)) is not None:
+            self._answers.beams[name] = Beam(name, prompt, tenant, depth, self._rng)
 
     def _live(self, which: int) -> str | None:
         live = list(self.core.scheduler.requests)
@@ -187,12 +199,12 @@ class Run:
 
     def _do_abort(self, which: int) -> None:
         if (name := self._live(which)) is not None:
-            self._answers.asked[name].is_aborted = True
+            self._answers.aborted(name)
             self.core.abort([name])
 
     def _do_stop(self, which: int) -> None:
         """The front end has seen a stop string in one of the sequences."""
-        if (name := self._live(which)) is not None:
+        if (name := self._live(which)) is not None and name in self._answers.asked:
             sequences = self.core.scheduler.requests[name].sequences
             live = [seq.index for seq in sequences if seq.state is not SeqState.FINISHED]
             index = live[which % len(live)]
@@ -263,7 +275,8 @@ class Run:
         return {**whose, "token_ids": PREFIXES[family][:length]}
 
     def _do_pin(self, ttl: float | None, **whose: Any) -> None:
-        self._call("pin", **self._named(**whose), ttl=ttl)
+        if self._call("pin", **self._named(**whose), ttl=ttl) is not None:
+            self._counts["pinned"] += 1
 
     def _do_unpin(self, ttl: float | None, **whose: Any) -> None:
         self._call("unpin", **self._named(**whose))
@@ -271,8 +284,8 @@ class Run:
     def _do_ttl(self, ttl: float | None, **whose: Any) -> None:
         self._call("ttl", **self._named(**whose), ttl=ttl)
 
-    def _do_export(self, tenant: str, session: str | None, **prefix: Any) -> None:
-        found = self._call("session_keys", tenant, session or "s2")
+    def _do_export(self, tenant: str, session: str) -> None:
+        found = self._call("session_keys", tenant, session)
         self._exported = []
         for key in found[1] if found is not None else []:
             block = self.core.control.export_block(key)
@@ -282,7 +295,9 @@ class Run:
 
     def _do_import(self) -> None:
         for salt, (key, *block) in self._exported:
-            self.log.add("import", self._call("import_block", salt, key, *block))
+            answer = self._call("import_block", salt, key, *block)
+            self.log.add("import", answer)
+            self._counts["imported"] += answer == "taken"
             self.core.check()
 
     # ------------------------------------------------------------------ the end

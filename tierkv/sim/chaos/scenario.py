@@ -1,48 +1,26 @@
 """What a seed stands for: an engine, and a history of what happens to it.
 
-Pools are too small for the work, prefixes are shared, conversations come back, and every now and
-then somebody aborts, sleeps, pins, forgets, exports, or pulls the plug.
+Any policies, up to three tiers of any size, and a pool that is too small for the work.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from tierkv.sim.chaos.contents import VOCAB, StepTime
+from tierkv.sim.chaos.contents import StepTime
 from tierkv.sim.chaos.faults import Weather
+from tierkv.sim.chaos.history import CALM, TENANTS, WEATHERS, Author, Op
 from tierkv.sim.mover import CPU, GPU, NVME
 from tierkv.types import TierName
 
 SLOT_BYTES = 1 << 20
-TENANTS = ("", "a", "b")
-NUM_FAMILIES = 3
-
-PREFIXES = [[(7 * i + j * (i + 1)) % VOCAB for j in range(60)] for i in range(NUM_FAMILIES)]
-"""Prompts of one family begin alike."""
-
-_CALM = Weather()
-_WEATHERS = (
-    _CALM,
-    Weather(failures=0.05, delays=0.05, delay_s=0.2, erase_failures=0.1),
-    Weather(failures=0.3, delays=0.2, delay_s=0.5, erase_failures=0.5),
-    Weather(delays=0.3, delay_s=3.0),
-    Weather(failures=0.02, is_read_closed=True),
-    Weather(failures=0.02, is_write_closed=True),
-    Weather(failures=1.0, erase_failures=1.0),
+_LOWER = (
+    *((0, 0), (0, 40), (0, 200), (12, 0), (60, 0), (200, 0)),
+    *((3, 5), (6, 30), (12, 200), (20, 200), (40, 40), (200, 200)),
 )
-
-
-@dataclass(slots=True, frozen=True)
-class Op:
-    """Something that happens: its name, and what it needs to know."""
-
-    name: str
-    values: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return " ".join([self.name, *(f"{k}={v}" for k, v in self.values.items() if v)])
+"""Slots of the CPU tier and of the persistent one."""
 
 
 @dataclass(slots=True)
@@ -77,12 +55,10 @@ class Scenario:
 def draw(seed: int, num_ops: int = 40) -> Scenario:
     """The scenario of a seed, with about so many operations."""
     rng = Random(seed)
-    cpu, nvme = rng.choice(
-        [(0, 0), (0, 40), (12, 0), (60, 0), (6, 30), (12, 200), (40, 40), (200, 200), (3, 5)]
-    )
-    blocks = {GPU: rng.choice([16, 24, 40, 60])}
+    cpu, nvme = rng.choice(_LOWER)
+    block_size = rng.choice([2, 4, 4, 8])
+    blocks = {GPU: rng.choice([80, 88, 104, 160]) // block_size}
     blocks |= {tier: count for tier, count in ((CPU, cpu), (NVME, nvme)) if count}
-    block_size = rng.choice([2, 4, 8])
     return Scenario(
         blocks=blocks,
         options=_options(rng, block_size, blocks),
@@ -97,8 +73,8 @@ def draw(seed: int, num_ops: int = 40) -> Scenario:
         block_s=rng.choice([5e-5, 1e-3, 2e-2]),
         latency_s=rng.choice([0.0, 1e-4, 5e-3]),
         quotas=_quotas(rng, blocks),
-        weather=rng.choice([_CALM, _CALM, *_WEATHERS]),
-        ops=_history(rng, num_ops),
+        weather=rng.choice([CALM, CALM, *WEATHERS]),
+        ops=Author(rng).history(num_ops),
     )
 
 
@@ -144,98 +120,3 @@ def _quotas(rng: Random, blocks: dict[TierName, int]) -> dict[str, dict[str, int
         name: {tier.value: rng.randint(1, count) for tier, count in blocks.items()}
         for name in TENANTS[1:]
     }
-
-
-# ---------------------------------------------------------------------- histories
-
-
-def _history(rng: Random, num_ops: int) -> list[Op]:
-    ops: list[Op] = []
-    kinds = [*_KINDS]
-    weights = [weight for weight, _ in _KINDS.values()]
-    while len(ops) < num_ops:
-        kind = rng.choices(kinds, weights)[0]
-        ops += _KINDS[kind][1](rng)
-    return ops
-
-
-def _ask(rng: Random, **given: Any) -> Op:
-    """A request whose prompt begins as its family's do."""
-    return Op("ask", {"family": rng.randrange(NUM_FAMILIES), **_request(rng), **given})
-
-
-def _request(rng: Random) -> dict[str, Any]:
-    return {
-        "length": rng.choice([0, 10, 23, 40, 60]),
-        "suffix": [rng.randrange(VOCAB) for _ in range(rng.randint(1, 8))],
-        "max_tokens": rng.randint(1, 12),
-        "n": rng.choice([1, 1, 1, 1, 2, 4]),
-        "priority": rng.randrange(3),
-        "tenant": rng.choice(TENANTS),
-        "stop": rng.choice([None, None, None, rng.randrange(VOCAB)]),
-        "hints": _hints(rng),
-    }
-
-
-def _hints(rng: Random) -> dict[str, Any]:
-    if rng.random() < 0.6:
-        return {}
-    return {
-        "ttl": rng.choice([None, 0.0, 0.05, 1.0]),
-        "priority": rng.choice([0, 0, -5, 5]),
-        "no_store": rng.random() < 0.15,
-        "session_id": rng.choice(["", "s0", "s1", "s2"]),
-        "turn": rng.choice(["", "end", "tool_call"]),
-    }
-
-
-def _storm(rng: Random) -> list[Op]:
-    """Many at once with one prefix."""
-    family, tenant, length = rng.randrange(NUM_FAMILIES), rng.choice(TENANTS), 40
-    count = rng.randint(3, 8)
-    return [_ask(rng, family=family, tenant=tenant, length=length) for _ in range(count)]
-
-
-def _prefix(rng: Random) -> dict[str, Any]:
-    """Whose prefix or session something is about."""
-    return {
-        "tenant": rng.choice(TENANTS),
-        "family": rng.randrange(NUM_FAMILIES),
-        "length": rng.choice([10, 23, 40, 60]),
-        "session": rng.choice([None, None, "s0", "s1"]),
-    }
-
-
-def _keep(rng: Random) -> list[Op]:
-    name = rng.choice(["pin", "pin", "unpin", "ttl"])
-    return [Op(name, {**_prefix(rng), "ttl": rng.choice([None, 0.0, 0.05, 2.0])})]
-
-
-def _nap(rng: Random) -> list[Op]:
-    """Sleep, mostly until woken, with something happening meanwhile."""
-    meanwhile = [_ask(rng)] if rng.random() < 0.5 else []
-    steps = Op("step", {"count": rng.choice([0, 3, 30])})
-    return [Op("sleep"), *meanwhile, steps, Op("wake")]
-
-
-def _export(rng: Random) -> list[Op]:
-    between = [Op("reset")] if rng.random() < 0.5 else [Op("step", {"count": rng.randint(0, 5)})]
-    return [Op("export", _prefix(rng)), *between, Op("import")]
-
-
-_KINDS: dict[str, tuple[float, Any]] = {
-    "ask": (30, lambda rng: [_ask(rng)]),
-    "chat": (12, lambda rng: [Op("chat", {"which": rng.randrange(8), **_request(rng)})]),
-    "storm": (3, _storm),
-    "step": (40, lambda rng: [Op("step", {"count": rng.randint(1, 8)})]),
-    "run": (3, lambda rng: [Op("step", {"count": 60})]),
-    "abort": (5, lambda rng: [Op("abort", {"which": rng.randrange(8)})]),
-    "stop": (2, lambda rng: [Op("stop", {"which": rng.randrange(8)})]),
-    "pass": (3, lambda rng: [Op("pass", {"seconds": rng.choice([0.01, 0.5, 5.0])})]),
-    "weather": (4, lambda rng: [Op("weather", {"weather": rng.choice(_WEATHERS)})]),
-    "reset": (1, lambda rng: [Op("reset")]),
-    "keep": (4, _keep),
-    "nap": (1, _nap),
-    "export": (1, _export),
-    "restart": (2, lambda rng: [Op("restart", {"is_clean": rng.random() < 0.4})]),
-}
