@@ -20,6 +20,8 @@ COMMANDS = {
     "top": "watch a server's tiers and requests in the terminal",
     "plan": "how much KV cache a model needs, and what fits where",
     "simulate": "replay a trace in virtual time: policies, tiers, hardware that is not here",
+    "advise": "which configuration to run for a trace, and why",
+    "calibrate": "measure this machine, for simulate and advise",
     "trace": "look at, convert, generate and record traces of requests",
     "store": "look at, check, repair or delete NVMe stores",
 }

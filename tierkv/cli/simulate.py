@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tierkv.cli.options import Parser, add_config_flag, add_flags, read_options, split_options
 from tierkv.cli.plan import table

@@ -127,6 +127,9 @@ class EngineCore:
         grammars: compiles what requests say of their outputs; None refuses such requests.
         port: the bytes of blocks, for export, import and sleep; None refuses these.
 
+    Attributes:
+        executor: may be wrapped between two steps.
+
     Raises:
         ConfigError: a policy that does not exist.
     """
@@ -143,7 +146,7 @@ class EngineCore:
         port: BlockPort | None = None,
     ) -> None:
         self.info, self.grammars = info, grammars
-        self._executor, self._sampler, self._clock = executor, sampler, clock
+        self.executor, self._sampler, self._clock = executor, sampler, clock
         self._metrics = Metrics()
         # Also when nobody calls `close`: threads and files would outlive the engine.
         self._close_tiers = weakref.finalize(self, tiers.close if tiers is not None else _nothing)
@@ -233,7 +236,7 @@ class EngineCore:
 
     def _run(self, plan: Plan) -> list[SequenceOutput]:
         start = self._clock.now()
-        logits = self._executor.run(plan)
+        logits = self.executor.run(plan)
         results = self._sampler.sample(logits, plan)
         chunks = [row for row in plan.rows if row.num_tokens > 1]
         if chunks:
@@ -257,7 +260,7 @@ class EngineCore:
 
     def _forget_finished(self) -> None:
         for seq in self.scheduler.take_finished():
-            self._executor.forget(seq.seq_id)
+            self.executor.forget(seq.seq_id)
             self._sampler.forget(seq.seq_id)
             self._stepped.pop(seq.seq_id, None)
             if seq.hints is not None:

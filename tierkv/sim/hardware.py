@@ -77,7 +77,7 @@ class Hardware:
         tp: devices that share one model.
         link: of each device; all of them are used at once.
         drive, drives: the NVMe tier.
-        table: measured steps, if there are any.
+        table: measured steps, if there are any; `measured_model` is whose they are.
     """
 
     name: str
@@ -93,6 +93,7 @@ class Hardware:
     tp: int = 1
     drives: int = 1
     table: StepTable | None = None
+    measured_model: str = ""
 
 
 def known_hardware() -> list[str]:
