@@ -184,6 +184,11 @@ def window(result: dict[str, Any]) -> Iterator[Row]:
     yield name, *at_most(result["share_of_time"], result["target_share"], "%")
 
 
+def chaos(result: dict[str, Any]) -> Iterator[Row]:
+    what = f"{result['seeds']:,} simulated histories with faults, laws broken"
+    yield what, *at_most(result["failed"], 0, "")
+
+
 READERS = {
     reader.__name__: reader
     for reader in (
@@ -202,6 +207,7 @@ READERS = {
         http_overhead,
         soak,
         window,
+        chaos,
     )
 }
 

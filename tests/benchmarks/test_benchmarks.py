@@ -277,3 +277,11 @@ def test_soak(tmp_path: Path) -> None:
     assert result["answered"] > 0 and result["left_by_their_client"] > 0
     assert result["preemptions"] > 0 and result["moves_gpu_cpu"] > 0
     assert not any(result["held_afterwards"].values())
+
+
+def test_chaos(tmp_path: Path) -> None:
+    result = run("chaos", tmp_path, "--seeds", "5", "--start", "7")
+    assert (result["seeds"], result["start"], result["failed"]) == (5, 7, 0)
+    assert result["totals"]["steps"] > 0
+    one = import_module("chaos").main(["--seed", "7"])
+    assert one == import_module("chaos").main(["--seed", "7", "--verbose"])
