@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import IncompleteRead
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tierkv.cli.main import main
-from tierkv.cli.trace_record import TraceBuilder
+from tierkv.cli.trace_record import TraceBuilder, record
 from tierkv.sim.generate import generate_trace
 from tierkv.sim.trace import TraceRequest
 from tierkv.sim.trace_writer import write_trace
@@ -170,3 +173,44 @@ def test_a_written_trace_converts_to_itself(tmp_path: Path) -> None:
     write_trace(trace, first)
     assert main(["trace", "convert", str(first), "-o", str(second)]) == 0
     assert second.read_bytes() == first.read_bytes() and list(read_trace(second)) == requests
+
+
+class Broadcast:
+    """Stands for a server: its recording is these lines, and then an error."""
+
+    def __init__(self, lines: list[dict[str, Any]], ending: BaseException) -> None:
+        self._lines, self._ending = lines, ending
+
+    @contextmanager
+    def open(self, path: str, timeout_s: float) -> Iterator[Iterator[bytes]]:
+        assert path == "/kv/record" and timeout_s > 1
+
+        def lines() -> Iterator[bytes]:
+            for line in self._lines:
+                yield json.dumps(line).encode()
+            raise self._ending
+
+        yield lines()
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason"),
+    [
+        (KeyboardInterrupt(), ""),
+        (TimeoutError("timed out"), "the connection broke: timed out"),
+        (IncompleteRead(b""), "the connection broke: IncompleteRead(0 bytes read)"),
+    ],
+)
+def test_however_it_ends_what_came_is_written(ending: BaseException, reason: str) -> None:
+    lines = [{"type": "start", "block_size": 16}, request_line(1.0, [3]), mark(0.5, running=4)]
+    server: Any = Broadcast(lines, ending)
+    out = io.StringIO()
+    found = record(server, out, None)
+    assert (found.num_written, found.num_running, found.reason) == (1, 4, reason)
+    assert len(out.getvalue().splitlines()) == 1
+
+
+def test_a_recording_ends_in_time() -> None:
+    lines = [{"type": "start", "block_size": 16}, mark(0.5), request_line(1.0, [3])]
+    server: Any = Broadcast(lines, AssertionError("it reads on"))
+    assert record(server, io.StringIO(), 1e-9).num_written == 0

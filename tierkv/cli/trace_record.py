@@ -11,8 +11,11 @@ import heapq
 import http.client
 import itertools
 import json
+import signal
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO
 
@@ -104,7 +107,7 @@ class TraceBuilder:
 
 
 def record(server: Server, out: TextIO, duration_s: float | None) -> Recorded:
-    """Record until the time is over, Ctrl-C, or the server ends it.
+    """Record until the time is over, Ctrl-C, SIGTERM, or the server ends it.
 
     Raises:
         CommandError: the server refuses.
@@ -112,7 +115,7 @@ def record(server: Server, out: TextIO, duration_s: float | None) -> Recorded:
     builder = TraceBuilder(out)
     end = None if duration_s is None else time.monotonic() + duration_s
     try:
-        with server.open("/kv/record", SILENCE_S) as response:
+        with _interrupted_by_sigterm(), server.open("/kv/record", SILENCE_S) as response:
             for raw in response:
                 builder.take(json.loads(raw))
                 if end is not None and time.monotonic() >= end:
@@ -122,3 +125,16 @@ def record(server: Server, out: TextIO, duration_s: float | None) -> Recorded:
     except (OSError, http.client.HTTPException, ValueError) as error:
         builder.found.reason = f"the connection broke: {error}"
     return builder.finish()
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM does what Ctrl-C does (in the main thread, where signals arrive)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
