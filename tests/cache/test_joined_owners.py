@@ -83,3 +83,15 @@ def test_they_count_in_the_tier_they_are_loaded_into_too() -> None:
     assert CPU in stray.copies
     assert share.counts[CPU] == sum(CPU in block.copies for block in bench.cache.tree)
     check_cache(bench.cache, [])
+
+
+def test_one_that_is_computed_beside_them_gives_them_its_owner() -> None:
+    """Where nobody has found the parent: with a window nobody needs it."""
+    bench, share, keys = bench_with_strays()
+    seq = holder_of(bench, share, 2)
+    bench.cache.grow(seq, 2 * BLOCK)
+    seq.num_computed, seq.num_sealed = 2 * BLOCK, 1
+    bench.cache.seal(seq, 2 * BLOCK)
+    assert seq.blocks[1] is bench.cache.tree.get(keys[1])
+    assert share.counts[NVME] == 2
+    check_cache(bench.cache, [seq])

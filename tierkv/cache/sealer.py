@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from tierkv.cache.evictor import GPU, Evictor
 from tierkv.cache.hashing import pack_tokens
@@ -12,7 +13,7 @@ from tierkv.cache.lookup import is_in_pool
 from tierkv.cache.pool_blocks import PoolBlocks
 from tierkv.cache.prefix_tree import Block, PrefixTree
 from tierkv.cache.residency import CopyState, Residency
-from tierkv.cache.shares import adopt_below
+from tierkv.cache.shares import Share, adopt_below
 from tierkv.policies.base import AccessHint
 
 
@@ -62,14 +63,25 @@ class Sealer:
         tokens = pack_tokens(seq.token_ids[start : start + self._block_size])
         parent = self._parent_of(seq, index)
         self._tree.insert(block, key, parent, tokens)
-        self._adopt_below(block, hint)
+        self._share_around(block, block.owner, hint)
         self._publish(block, hint)
         return True
 
-    def _adopt_below(self, block: Block, hint: AccessHint) -> None:
-        """What was recovered without its parent, and has found it, gets its owner."""
-        if block.owner is not None and block.children:
-            adopt_below(block, block.owner, self._evictor, lambda b: replace(hint, depth=b.depth))
+    def _share_around(self, block: Block, owner: Share | None, hint: AccessHint) -> None:
+        """The block and what it hangs on, if they are nobody's, become the owner's; so does what
+        was recovered without its parent, and has found it."""
+        if owner is None:
+            return
+        hint_of = partial(_at_depth_of, hint)
+        top, nodes = block, [block]
+        while top.parent is not None and top.parent.owner is None:
+            top = top.parent
+            nodes.append(top)
+        for node in nodes:
+            if node.owner is None:
+                self._evictor.own(node, owner, hint_of)
+        if top.children:
+            adopt_below(top, owner, self._evictor, hint_of)
 
     def _publish(self, block: Block, hint: AccessHint) -> None:
         """The block's pool copy is complete and in the tree: others may use it, or copy it."""
@@ -83,6 +95,7 @@ class Sealer:
         own = seq.blocks[index]
         assert own is not None
         self._residency.adopt(own, known, GPU)
+        self._share_around(known, own.owner, hint)
         self._pool.pin(known)
         own.pins = 0
         seq.blocks[index] = known
@@ -119,3 +132,7 @@ class Sealer:
             packed = pack_tokens(seq.token_ids[i * self._block_size : (i + 1) * self._block_size])
             node = known or self._tree.insert_ghost(seq.block_keys[i], node, packed)
         return node
+
+
+def _at_depth_of(hint: AccessHint, block: Block) -> AccessHint:
+    return replace(hint, depth=block.depth)
