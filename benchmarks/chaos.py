@@ -29,6 +29,7 @@ from tierkv.sim.chaos.seeds import NUM_OPS, Outcome, run_seed, shrink
 
 _MOST_SHOWN = 20
 _BATCH = 25
+_NEWS = 1000
 
 
 def options() -> argparse.ArgumentParser:
@@ -61,6 +62,8 @@ def play_many(args: argparse.Namespace) -> dict[str, Any]:
     failures: list[dict[str, Any]] = []
     for outcome in outcomes(range(args.start, args.start + args.seeds), args.jobs, args.steps):
         totals += outcome.counts
+        if (number := outcome.seed - args.start + 1) % _NEWS == 0:
+            print(f"{number} of {args.seeds} seeds", flush=True)
         if outcome.failure:
             failures.append({"seed": outcome.seed, "failure": outcome.failure})
             print(f"seed {outcome.seed}: {outcome.failure}")

@@ -9,7 +9,6 @@ at the end every request has ended, within bounded time; nothing is held, and no
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -27,6 +26,7 @@ from tierkv.sim.chaos.log import Log
 from tierkv.sim.chaos.scenario import Scenario
 from tierkv.sim.chaos.world import World
 from tierkv.sim.clock import VirtualClock
+from tierkv.sim.mover import GPU
 
 _TICK_S = 1e-3
 _LEAP_S = 0.05
@@ -81,15 +81,10 @@ class Run:
 
     def play(self) -> None:
         """All of it, and the end."""
-        ways: dict[str, Callable[..., None]] = {
-            name.removeprefix("_do_"): getattr(self, name)
-            for name in dir(self)
-            if name.startswith("_do_")
-        }
         for op in self._scenario.ops:
             self.log.add("op", str(op))
             self._counts[op.name] += 1
-            ways[op.name](**op.values)
+            getattr(self, f"_do_{op.name}")(**op.values)
             self.core.check()
         self._finish()
 
@@ -131,7 +126,18 @@ class Run:
         """Every law, unless nothing has happened."""
         if len(self.log) != self._num_checked:
             self.core.check()
+            self._check_quotas()
             self._num_checked = len(self.log)
+
+    def _check_quotas(self) -> None:
+        """No tenant keeps more below the pool than it may, but what a restart has found."""
+        if self._counts["restart"]:
+            return
+        lower = [tier for tier in self._scenario.blocks if tier is not GPU]
+        for share in self.core.cache.shares.values():
+            for tier in lower:
+                if (excess := share.num_over(tier)) > 0:
+                    raise InvariantError(f"{share.tenant} has {excess} too many in {tier.value}")
 
     def _num_computed(self) -> int:
         return self.core.scheduler.metrics.computed_tokens
