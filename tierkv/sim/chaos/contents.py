@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import zlib
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 
 from tierkv.engine.plan import Plan, PlanRow
@@ -98,7 +98,6 @@ class StepTime:
     per_token_s: float
 
 
-@dataclass(slots=True)
 class Contents:
     """The bytes of all tiers.
 
@@ -111,29 +110,31 @@ class Contents:
 
     Attributes:
         store: the persistent tier's slots.
-        num_read: blocks that were read and found right.
     """
 
-    clock: VirtualClock
-    block_size: int
-    blocks: dict[TierName, int]
-    window: int | None
-    time: StepTime
-    num_read: int = 0
-    store: list[Record | None] = field(default_factory=list)
-    _rows: dict[TierName, list[Row]] = field(default_factory=dict)
-    _states: dict[int, list[int]] = field(default_factory=dict)
-    _staged: dict[int, Row] = field(default_factory=dict)
-    _writing: dict[int, _Write] = field(default_factory=dict)
-    _lost: set[tuple[TierName, int]] = field(default_factory=set)
-    _generation: int = 0
+    def __init__(
+        self,
+        clock: VirtualClock,
+        block_size: int,
+        blocks: dict[TierName, int],
+        window: int | None,
+        time: StepTime,
+    ) -> None:
+        self.store: list[Record | None] = [None] * blocks.get(NVME, 0)
+        self._clock, self._time = clock, time
+        self._block_size, self._blocks, self._window = block_size, blocks, window
+        self._rows = self._empty_rows()
+        self._states: dict[int, list[int]] = {}
+        self._staged: dict[int, Row] = {}
+        self._writing: dict[int, _Write] = {}
+        self._lost: set[tuple[TierName, int]] = set()
+        self._generation = 0
 
-    def __post_init__(self) -> None:
-        self.store = [None] * self.blocks.get(NVME, 0)
-        self._rows = {t: [self._nothing() for _ in range(n)] for t, n in self.blocks.items()}
+    def _empty_rows(self) -> dict[TierName, list[Row]]:
+        return {t: [self._nothing() for _ in range(n)] for t, n in self._blocks.items()}
 
     def _nothing(self) -> Row:
-        return [None] * self.block_size
+        return [None] * self._block_size
 
     # ------------------------------------------------------------------ executor and sampler
 
@@ -143,15 +144,15 @@ class Contents:
         for copy in plan.copies:
             pool[copy.destination][: copy.num_tokens] = pool[copy.source][: copy.num_tokens]
         states = [self._compute(row) for row in plan.rows]
-        self.clock.advance(self.time.fixed_s + self.time.per_token_s * plan.num_tokens)
+        self._clock.advance(self._time.fixed_s + self._time.per_token_s * plan.num_tokens)
         return states
 
     def _compute(self, row: PlanRow) -> int:
-        seq, size, pool = row.seq, self.block_size, self._rows[GPU]
+        seq, size, pool = row.seq, self._block_size, self._rows[GPU]
         states, end = self._states_of(seq), row.start + row.num_tokens
         for position in range(row.start, end):
             pool[seq.block_table[position // size]][position % size] = states[position]
-        first = 0 if self.window is None else max(0, row.start - self.window + 1)
+        first = 0 if self._window is None else max(0, row.start - self._window + 1)
         for start in range(first - first % size, end, size):
             begin, stop = max(first, start), min(start + size, end)
             found = pool[seq.block_table[start // size]][begin - start : stop - start]
@@ -160,7 +161,6 @@ class Contents:
                     f"sequence {seq.seq_id} reads wrong KV at tokens [{begin}, {stop}), "
                     f"slot {seq.block_table[start // size]}"
                 )
-            self.num_read += 1
         return states[end - 1]
 
     def _states_of(self, seq: Sequence) -> list[int]:
@@ -226,7 +226,7 @@ class Contents:
         record = self.store[move.source_slot]
         if record is None or record.key != move.key:
             raise InvariantError(f"nvme slot {move.source_slot} holds another block: {move}")
-        record.last_use = self.clock.now()
+        record.last_use = self._clock.now()
         return list(record.row)
 
     def _arrive(self, move: Move, row: Row) -> None:
@@ -239,7 +239,7 @@ class Contents:
 
     def _record(self, move: Move, row: Row) -> Record:
         self._generation += 1
-        now = self.clock.now()
+        now = self._clock.now()
         return Record(move.key, move.parent, move.tokens, self._generation, row, now)
 
     def _check_chain(self, move: Move, row: Row) -> None:
@@ -269,7 +269,7 @@ class Contents:
             if rng.random() < loss:
                 self.store[slot] = None
         self._drop_duplicates()
-        self._rows = {t: [self._nothing() for _ in range(n)] for t, n in self.blocks.items()}
+        self._rows = self._empty_rows()
         self._states, self._staged, self._writing, self._lost = {}, {}, {}, set()
         held = [(slot, record) for slot, record in enumerate(self.store) if record is not None]
         rng.shuffle(held)
@@ -288,17 +288,12 @@ class Contents:
 
     def _drop_duplicates(self) -> None:
         """Of two slots with one key the one that was written last counts."""
-        newest: dict[BlockKey, int] = {}
-        for slot, record in enumerate(self.store):
-            other = self.store[newest[record.key]] if record and record.key in newest else None
-            if record is None:
-                continue
+        newest: dict[BlockKey, Record] = {}
+        for record in filter(None, self.store):
+            other = newest.get(record.key)
             if other is None or other.generation < record.generation:
-                if other is not None:
-                    self.store[newest[record.key]] = None
-                newest[record.key] = slot
-            else:
-                self.store[slot] = None
+                newest[record.key] = record
+        self.store = [r if r is not None and newest[r.key] is r else None for r in self.store]
 
     # ------------------------------------------------------------------ the block port
 
@@ -322,7 +317,7 @@ class Contents:
     def give_back(self) -> int:
         pool = self._rows[GPU]
         pool[:] = [self._nothing() for _ in pool]
-        return STATE_BYTES * self.block_size * len(pool)
+        return STATE_BYTES * self._block_size * len(pool)
 
 
 def tokens_of(packed: bytes) -> list[int]:
