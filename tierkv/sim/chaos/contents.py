@@ -125,6 +125,7 @@ class Contents:
         self._block_size, self._blocks, self._window = block_size, blocks, window
         self._rows = self._empty_rows()
         self._states: dict[int, list[int]] = {}
+        self._reading: dict[int, Row] = {}
         self._staged: dict[int, Row] = {}
         self._writing: dict[int, _Write] = {}
         self._lost: set[tuple[TierName, int]] = set()
@@ -190,6 +191,7 @@ class Contents:
     def begun(self, move: Move) -> None:
         """Nothing that was in the destination may be relied on any more."""
         place = move.destination, move.destination_slot
+        self._reading[move.ticket] = self._row_at(move.source, move.source_slot)
         self._lost.discard(place)
         if move.destination is NVME:
             self._writing[move.ticket] = _Write(move, self.store[move.destination_slot])
@@ -198,7 +200,7 @@ class Contents:
             self._rows[move.destination][move.destination_slot] = self._nothing()
 
     def staged(self, move: Move) -> None:
-        self._staged[move.ticket] = list(self._rows[move.source][move.source_slot])
+        self._staged[move.ticket] = self._read_source(move)
 
     def ended(self, move: Move, failure: MoveFailure | None) -> MoveFailure | None:
         """Let the bytes arrive, unless it failed or the source has lost them."""
@@ -210,7 +212,8 @@ class Contents:
         elif failure is None and staged is None and place in self._lost:
             failure = MoveFailure.LOST
         if failure is None:
-            self._arrive(move, self._source_row(move) if staged is None else staged)
+            self._arrive(move, self._read_source(move) if staged is None else staged)
+        self._reading.pop(move.ticket, None)
         return failure
 
     def _lose(self, tier: TierName, slot: int) -> None:
@@ -220,14 +223,23 @@ class Contents:
         else:
             self._rows[tier][slot] = self._nothing()
 
-    def _source_row(self, move: Move) -> Row:
-        if move.source is not NVME:
-            return list(self._rows[move.source][move.source_slot])
-        record = self.store[move.source_slot]
-        if record is None or record.key != move.key:
-            raise InvariantError(f"nvme slot {move.source_slot} holds another block: {move}")
-        record.last_use = self._clock.now()
-        return list(record.row)
+    def _row_at(self, tier: TierName, slot: int) -> Row:
+        if tier is NVME:
+            record = self.store[slot]
+            return list(record.row) if record is not None else self._nothing()
+        return list(self._rows[tier][slot])
+
+    def _read_source(self, move: Move) -> Row:
+        """The block, which nobody may have touched since the move began."""
+        row = self._row_at(move.source, move.source_slot)
+        if row != self._reading[move.ticket]:
+            raise InvariantError(f"the source was written while it was read: {move}")
+        if move.source is NVME:
+            record = self.store[move.source_slot]
+            if record is None or record.key != move.key:
+                raise InvariantError(f"nvme slot {move.source_slot} holds another block: {move}")
+            record.last_use = self._clock.now()
+        return row
 
     def _arrive(self, move: Move, row: Row) -> None:
         self._check_chain(move, row)
@@ -270,7 +282,8 @@ class Contents:
                 self.store[slot] = None
         self._drop_duplicates()
         self._rows = self._empty_rows()
-        self._states, self._staged, self._writing, self._lost = {}, {}, {}, set()
+        self._states, self._reading, self._staged = {}, {}, {}
+        self._writing, self._lost = {}, set()
         held = [(slot, record) for slot, record in enumerate(self.store) if record is not None]
         rng.shuffle(held)
         return [
@@ -280,11 +293,8 @@ class Contents:
 
     def _outcomes(self, write: _Write) -> list[Record | None]:
         """What the slot of a write that was cut off may hold."""
-        move = write.move
-        row = self._staged.get(move.ticket)
-        if row is None:
-            row = list(self._rows[move.source][move.source_slot])
-        return [write.before, None, self._record(move, row)]
+        row = self._reading[write.move.ticket]
+        return [write.before, None, self._record(write.move, row)]
 
     def _drop_duplicates(self) -> None:
         """Of two slots with one key the one that was written last counts."""
@@ -300,12 +310,12 @@ class Contents:
     def read(self, tier: TierName, slot: int, key: BlockKey) -> Future[bytes | None]:
         found: Future[bytes | None] = Future()
         record = self.store[slot] if tier is NVME else None
-        row = self._rows[tier][slot] if tier is not NVME else record.row if record else None
-        if (tier, slot) in self._lost or row is None:
+        if (tier, slot) in self._lost or (tier is NVME and record is None):
             found.set_result(None)
             return found
         if record is not None and record.key != key:
             raise InvariantError(f"nvme slot {slot} holds another block than {key.hex()}")
+        row = self._row_at(tier, slot)
         found.set_result(b"".join(_whole(s, tier, slot).to_bytes(STATE_BYTES, "big") for s in row))
         return found
 
