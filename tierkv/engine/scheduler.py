@@ -15,6 +15,7 @@ from tierkv.cache.copies import CopyBatch
 from tierkv.cache.shares import HeldBlocks
 from tierkv.cache.tiered_cache import Lookup, Match, TieredCache
 from tierkv.engine import results
+from tierkv.engine.capacity import check_capacity
 from tierkv.engine.loading import Loader
 from tierkv.engine.outputs import SequenceOutput
 from tierkv.engine.plan import Plan, PlanRow
@@ -22,7 +23,7 @@ from tierkv.engine.preemption import Preemptor, SchedulingPolicies
 from tierkv.engine.request import Request, SeqState, Sequence
 from tierkv.engine.timeline import Timeline
 from tierkv.engine.waiting import WaitingQueue
-from tierkv.errors import CapacityError, InvariantError, RequestError
+from tierkv.errors import InvariantError, RequestError
 from tierkv.metrics import Metrics
 from tierkv.policies.order import OrderPolicy
 from tierkv.protocols import Clock
@@ -102,26 +103,12 @@ class Scheduler:
             raise RequestError("request_id", request.request_id, "is in use by a live request")
         if request.params.n > self.max_num_seqs:
             raise RequestError("n", request.params.n, f"must be at most {self.max_num_seqs}")
-        self._check_capacity(request)
+        check_capacity(request, self.cache, self.max_num_batched_tokens)
         seq = Sequence(next(self._seq_ids), request, 0, list(request.prompt_token_ids))
         request.sequences.append(seq)
         self.requests[request.request_id] = request
         self.timeline.add(seq)
         self.waiting.add(seq)
-
-    def _check_capacity(self, request: Request) -> None:
-        prompt = len(request.prompt_token_ids)
-        total = prompt + request.max_tokens
-        # The last sampled token is never fed back, so its KV needs no room.
-        need = self.cache.blocks_to_hold(total - 1, self.max_num_batched_tokens)
-        if need > self.cache.num_blocks:
-            raise CapacityError(
-                "max_tokens",
-                request.max_tokens,
-                f"prompt ({prompt}) + max_tokens need {need} KV blocks of "
-                f"{self.cache.block_size} tokens, the pool has {self.cache.num_blocks}: shorten "
-                "the prompt, lower max_tokens, or give the pool more memory",
-            )
 
     def finish_request(self, request_id: str, reason: FinishReason) -> list[Sequence]:
         """End all live sequences of a request at once; returns them. Unknown ids end nothing."""

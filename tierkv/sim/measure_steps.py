@@ -14,10 +14,10 @@ from tierkv.protocols import Executor
 from tierkv.sim.fit import StepSample
 from tierkv.sim.steps import Row
 
-PROMPTS = (16, 48, 128, 256, 512, 1024, 2048, 4096)
-BATCHES = (1, 2, 4, 8, 16)
-_DECODES = 10  # tokens of each request of a batch
-_CONTEXTS = (32, 256, 1024)
+PROMPTS = (16, 64, 192, 512, 1024, 3072)
+BATCHES = ((1, 64), (1, 1024), (4, 256), (8, 64), (16, 192))
+"""Sequences that decode at once, and tokens of context that each begins with."""
+_DECODES = 10  # tokens of each
 
 
 class _Recorder:
@@ -74,11 +74,10 @@ def workloads(core: EngineCore) -> list[tuple[list[int], int]]:
     most = core.info.max_model_len - _DECODES - 1
     room = core.info.num_gpu_blocks
     found = [([length], 1) for length in PROMPTS if length <= most]
-    for batch in BATCHES:
-        for context in _CONTEXTS:
-            blocks = batch * -(-(context + _DECODES) // core.info.block_size)
-            if context <= most and blocks < room:
-                found.append(([context] * batch, _DECODES))
+    for batch, context in BATCHES:
+        blocks = batch * -(-(context + _DECODES) // core.info.block_size)
+        if context <= most and blocks < room:
+            found.append(([context] * batch, _DECODES))
     return found
 
 
