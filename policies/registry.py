@@ -25,6 +25,9 @@ _BUILT_IN: dict[str, dict[str, str]] = {
         "tinylfu": "tierkv.policies.tinylfu:TinyLfuPolicy",
         "gdsf": "tierkv.policies.gdsf:GdsfPolicy",
         "reuse": "tierkv.policies.reuse:ReusePolicy",
+        "session-protect": "tierkv.policies.session_protect:SessionProtectPolicy",
+        "workload-aware": "tierkv.policies.workload_aware:WorkloadAwarePolicy",
+        "retention": "tierkv.policies.retention:RetentionPolicy",
         "belady": "tierkv.policies.belady:BeladyPolicy",
     },
     "admission": {

@@ -34,11 +34,12 @@ from tierkv.policies.base import AccessHint, Why
 from tierkv.policies.ghosts import GhostValues
 from tierkv.policies.leaf_first import Entry, LeafQueues, Rank
 from tierkv.policies.reuse_curves import NUM_BANDS, ReuseCurves, band_of, end_of
+from tierkv.policies.samples import RecentTimes
 
 FRESH, REUSED, SHARED = range(3)
 _STOPS = {"end": 1, "tool_call": 2}
 _NUM_STOPS, _NUM_GAPS, _NUM_PARTS = 3, 5, 3
-_GAP_SAMPLES = 256
+_QUARTERS = (0.25, 0.5, 0.75)
 _GHOST_EVERY = 4
 
 
@@ -75,21 +76,22 @@ class ReusePolicy(LeafQueues):
     """Least hits per second of room, leaf first.
 
     Args:
-        prior: blocks of any kind that stand in for what is not known of one, above 0.
+        prior: uses of any kind that stand in for what is not known of one, above 0.
         fade: uses after which what was learned counts half, at least 1.
     """
 
-    def __init__(self, prior: float = 100.0, fade: float = 50_000.0) -> None:
+    def __init__(self, prior: float = 3.0, fade: float = 50_000.0) -> None:
         if prior <= 0 or fade < 1:
             raise ValueError(f"reuse: prior={prior} must be above 0, fade={fade} at least 1")
         super().__init__()
         self.ghosts: GhostValues[Ghost] = GhostValues()
-        self._curves = ReuseCurves(_NUM_STOPS * _NUM_GAPS * _NUM_PARTS, prior)
-        self._fade = fade
+        self._curves = ReuseCurves(_NUM_STOPS * _NUM_GAPS * _NUM_PARTS)
+        self._prior, self._fade = prior, fade
         self._now = 0.0
         self._due: list[tuple[float, int, Use]] = []
         self._num_uses = self._refreshed_at = 0
-        self._gaps = Gaps()
+        self._gaps = RecentTimes()
+        self._quarters: list[float] = []
         self._use: Use | None = None  # what the blocks touched last belong to
         self._verb = ""
         self._neighbour: Entry | None = None  # the block that may join them
@@ -134,8 +136,10 @@ class ReusePolicy(LeafQueues):
     def _reused(self, entry: Entry, hint: AccessHint) -> None:
         old, use = entry.use, self._use
         if use is None or self._verb != "touch" or entry is not self._neighbour:
-            gap_s = -1.0 if entry.uses == SHARED else self._now - old.time_s
-            self._gaps.add(gap_s)
+            gap_s = -1.0
+            if entry.uses != SHARED:
+                gap_s = self._now - old.time_s
+                self._gaps.add(gap_s)
             use = self._begin("touch", gap_s, max(entry.uses, REUSED), hint)
         self._curves.reused[old.kind][old.band] += 1
         entry.uses = entry.uses or REUSED
@@ -189,13 +193,17 @@ class ReusePolicy(LeafQueues):
 
     def _begin(self, verb: str, gap_s: float, part: int, hint: AccessHint) -> Use:
         stop = _STOPS.get(hint.stop_reason, 0)
-        kind = (stop * _NUM_GAPS + self._gaps.bucket(gap_s)) * _NUM_PARTS + part
+        kind = (stop * _NUM_GAPS + self._bucket(gap_s)) * _NUM_PARTS + part
         self._num_uses += 1
         worth = self._curves.worth[kind][0]
         use = self._use = Use(kind, self._now, self._num_uses, worth, gap_s)
         heappush(self._due, (self._now + end_of(0), use.number, use))
         self._verb = verb
         return use
+
+    def _bucket(self, gap_s: float) -> int:
+        """0 for no gap, else its quarter from 1 on, the shortest first."""
+        return 0 if gap_s < 0 else 1 + bisect_right(self._quarters, gap_s)
 
     def _advance(self, now: float) -> None:
         """It is later: the ages of some uses are in another band."""
@@ -230,39 +238,13 @@ class ReusePolicy(LeafQueues):
 
     def _refresh(self) -> None:
         """Learn the curves anew, and rank by them."""
-        uses = self._num_uses - self._refreshed_at
+        watched = [item for item in self._due if item[2].blocks > 0]
+        num_blocks = sum(use.blocks for _, _, use in watched)
+        prior = self._prior * num_blocks / max(1, len(watched)) + 1.0
+        self._curves.refresh(prior, 0.5 ** ((self._num_uses - self._refreshed_at) / self._fade))
         self._refreshed_at = self._num_uses
-        self._curves.refresh(0.5 ** (uses / self._fade))
-        self._gaps.refresh()
-        self._due = [item for item in self._due if item[2].blocks > 0]
-        heapify(self._due)
-        for _, _, use in self._due:
+        self._quarters = self._gaps.quantiles(_QUARTERS)
+        heapify(watched)
+        self._due = watched
+        for _, _, use in watched:
             self._rank(use)
-
-
-class Gaps:
-    """Recent gaps, to tell a short one from a long one whatever the workload's pace is."""
-
-    def __init__(self) -> None:
-        self._recent: list[float] = []
-        self._place = 0
-        self._quarters: list[float] = []
-
-    def add(self, gap_s: float) -> None:
-        """Remember it, if it is one."""
-        if gap_s < 0:
-            return
-        if len(self._recent) < _GAP_SAMPLES:
-            self._recent.append(gap_s)
-        else:
-            self._recent[self._place % _GAP_SAMPLES] = gap_s
-        self._place += 1
-
-    def refresh(self) -> None:
-        ordered = sorted(self._recent)
-        count = len(ordered)
-        self._quarters = [ordered[count * i // 4] for i in (1, 2, 3)] if count else []
-
-    def bucket(self, gap_s: float) -> int:
-        """0 when there is none, else 1 to 4, the shortest first."""
-        return 0 if gap_s < 0 else 1 + bisect_right(self._quarters, gap_s)

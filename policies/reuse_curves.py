@@ -2,7 +2,8 @@
 
     band b      ages in [2^(b-5), 2^(b-4)) seconds; the first begins at 0
     hazard      h[b] = (reused[b] + prior * h_all[b]) / (entered[b] + prior):  of the blocks that
-                reached the band unused, the share that was used in it; h_all is that of all kinds
+                reached the band unused, the share that was used in it; h_all is that of all kinds,
+                prior a number of blocks
     worth[b]    sup over m >= b of  sum_{j=b..m} S_j h_j  /  sum_{j=b..m} S_j (1 - h_j / 2) w_j
                 S_b = 1, S_{j+1} = S_j (1 - h_j), w_j the width of the band
 
@@ -41,7 +42,6 @@ class ReuseCurves:
 
     Args:
         num_kinds: kinds of blocks.
-        prior: blocks of all kinds that stand in for what is not known of one.
 
     Attributes:
         entered, reused: blocks that reached a band unused, and those that were used in it; by
@@ -49,25 +49,28 @@ class ReuseCurves:
         worth: as above, as of the last `refresh`; nothing is worth anything before.
     """
 
-    def __init__(self, num_kinds: int, prior: float) -> None:
+    def __init__(self, num_kinds: int) -> None:
         self.entered = [[0.0] * NUM_BANDS for _ in range(num_kinds)]
         self.reused = [[0.0] * NUM_BANDS for _ in range(num_kinds)]
         self.worth = [[0.0] * NUM_BANDS for _ in range(num_kinds)]
-        self._prior = prior
 
-    def refresh(self, keep: float) -> None:
-        """Compute the worths, then let counts fade to this share."""
+    def refresh(self, prior: float, keep: float) -> None:
+        """Compute the worths, then let counts fade.
+
+        Args:
+            prior: blocks of all kinds that stand in for what is not known of one, above 0.
+            keep: the share of the counts that stays.
+        """
         entered = [sum(column) for column in zip(*self.entered, strict=True)]
         reused = [sum(column) for column in zip(*self.reused, strict=True)]
         overall = [min(1.0, r / e) if e > 0 else 0.0 for r, e in zip(reused, entered, strict=True)]
         for kind, reached in enumerate(self.entered):
             if reached[0] > 0:
-                self.worth[kind] = hull(self._hazards(kind, overall))
+                self.worth[kind] = hull(self._hazards(kind, overall, prior))
                 self.entered[kind] = [keep * count for count in reached]
                 self.reused[kind] = [keep * count for count in self.reused[kind]]
 
-    def _hazards(self, kind: int, overall: list[float]) -> list[float]:
-        prior = self._prior
+    def _hazards(self, kind: int, overall: list[float], prior: float) -> list[float]:
         counts = zip(self.reused[kind], self.entered[kind], overall, strict=True)
         return [min(1.0, max(0.0, (r + prior * h) / (max(0.0, e) + prior))) for r, e, h in counts]
 
