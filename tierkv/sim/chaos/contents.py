@@ -233,11 +233,11 @@ class Contents:
         """The block, which nobody may have touched since the move began."""
         row = self._row_at(move.source, move.source_slot)
         if row != self._reading[move.ticket]:
-            raise InvariantError(f"the source was written while it was read: {move}")
+            raise InvariantError(f"the source was written while it was read: {ends(move)}")
         if move.source is NVME:
             record = self.store[move.source_slot]
             if record is None or record.key != move.key:
-                raise InvariantError(f"nvme slot {move.source_slot} holds another block: {move}")
+                raise InvariantError(f"the source holds another block: {ends(move)}")
             record.last_use = self._clock.now()
         return row
 
@@ -260,7 +260,7 @@ class Contents:
         for index in range(1, len(tokens)):
             before, state = row[index - 1], row[index]
             if before is None or state != next_state(before, tokens[index]):
-                raise InvariantError(f"what arrives is not the block: {move}")
+                raise InvariantError(f"what arrives is not the block: {ends(move)}")
 
     # ------------------------------------------------------------------ erasing and restarts
 
@@ -328,6 +328,12 @@ class Contents:
         pool = self._rows[GPU]
         pool[:] = [self._nothing() for _ in pool]
         return STATE_BYTES * self._block_size * len(pool)
+
+
+def ends(move: Move) -> str:
+    """A move for people: its number, and from where to where."""
+    source, destination = move.source.value, move.destination.value
+    return f"{move.ticket} {source}:{move.source_slot} -> {destination}:{move.destination_slot}"
 
 
 def tokens_of(packed: bytes) -> list[int]:

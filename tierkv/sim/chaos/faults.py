@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from random import Random
 
-from tierkv.sim.chaos.contents import Contents, Record
+from tierkv.sim.chaos.contents import Contents, Record, ends
 from tierkv.sim.chaos.log import Log
 from tierkv.sim.clock import VirtualClock
 from tierkv.sim.mover import GPU, NVME, Fault, Link, LinkSpec, SimMover
-from tierkv.types import Erasure, Move, MoveFailure, TierName
+from tierkv.types import Erasure, Move, MoveFailure
 
 _FROM_POOL = (MoveFailure.IO_ERROR, MoveFailure.NO_SPACE, MoveFailure.UNAVAILABLE)
 _DOWN = (*_FROM_POOL, MoveFailure.LATE)
@@ -140,7 +140,7 @@ class ChaosMover(SimMover):
 
     def begun(self, move: Move) -> None:
         name = move.key.hex()[:8] if move.tokens else "tail"
-        self._log.add("move", move.ticket, name, *_ends(move), move.priority.name)
+        self._log.add("move", ends(move), name, move.priority.name)
         self._contents.begun(move)
 
     def staged(self, move: Move) -> None:
@@ -158,11 +158,3 @@ class ChaosMover(SimMover):
     def is_quarantined(self, *, is_read: bool) -> bool:
         weather = self._faults.weather
         return weather.is_read_closed if is_read else weather.is_write_closed
-
-
-def _ends(move: Move) -> tuple[str, str]:
-    return _place(move.source, move.source_slot), _place(move.destination, move.destination_slot)
-
-
-def _place(tier: TierName, slot: int) -> str:
-    return f"{tier.value}:{slot}"
