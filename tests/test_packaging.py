@@ -55,7 +55,9 @@ def expected_files(repository: Path) -> set[str]:
         code = [path for path in paths if path.suffix in (".py", ".c", ".h")]
         assert code, folder
         found |= {f"tierkv/{path.relative_to(repository)}" for path in code}
-    return found
+    profiles = sorted((repository / "configs" / "hardware").glob("*.yaml"))
+    assert profiles
+    return found | {f"tierkv/sim/profiles/{path.name}" for path in profiles}
 
 
 def test_the_wheel_holds_every_room_below_tierkv(distributions: Path, repository: Path) -> None:
@@ -134,7 +136,7 @@ def declared(requirement: str) -> str:
 def test_every_import_is_a_declared_dependency(repository: Path) -> None:
     requirements = importlib.metadata.requires("tierkv") or []
     names = {declared(r) for r in requirements if "extra ==" not in r}
-    optional = [r for r in requirements if re.search(r'extra == "(server|cuda|otel)"', r)]
+    optional = [r for r in requirements if re.search(r'extra == "(server|cuda|otel|bench)"', r)]
     import_names = {"pyyaml": "yaml", "pyzmq": "zmq", "opentelemetry_sdk": "opentelemetry"}
     base = {import_names.get(name, name) for name in names}
     extras = {import_names.get(name, name) for name in map(declared, optional)}

@@ -38,6 +38,9 @@ class ConfigError(TierkvError, ValueError):
         self.option, self.value, self.fix = option, value, fix
         super().__init__(f"{option}={value!r}: {fix}")
 
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, object, str]]:
+        return type(self), (self.option, self.value, self.fix)
+
 
 class UnsupportedModelError(ConfigError):
     """The model's architecture cannot be served exactly; `fix` says why."""

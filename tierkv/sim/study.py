@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import queue
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +24,10 @@ from tierkv.sim.machine import Machine
 from tierkv.sim.measures import Measures, Slo
 from tierkv.sim.replay import Load, replay
 from tierkv.sim.source import Source
+from tierkv.sim.trace import Trace, TraceRequest
 
 LRU = "lru"
-_TELL_EACH = 64  # requests
+_TELL_EACH = 16  # requests
 _PAUSE_S = 0.2
 
 Progress = Callable[[int], None]
@@ -181,7 +182,7 @@ def _optima(
     return {capacity: optimum(foreseen, capacity).rate for capacity in capacities}
 
 
-def _fitting(trace: Any, most: int | None) -> Any:
+def _fitting(trace: Trace, most: int | None) -> Iterator[TraceRequest]:
     return (r for r in trace if most is None or r.input_tokens + r.output_tokens <= most)
 
 

@@ -54,6 +54,7 @@ class Author:
         self._rng = rng
         self._families = rng.choice([range(1), range(2), range(NUM_FAMILIES)])
         self._tenants = rng.choice([TENANTS[:1], TENANTS[1:2], TENANTS[:2], TENANTS])
+        self._kept: list[dict[str, Any]] = []
         self._kinds: dict[str, tuple[int, Callable[[], list[Op]]]] = {
             "ask": (22, lambda: [self._ask()]),
             "chat": (12, self._chat),
@@ -143,14 +144,18 @@ class Author:
     def _keep(self) -> list[Op]:
         """Somebody wants a prefix or a session kept, or not any more."""
         rng = self._rng
-        values = {
-            "tenant": rng.choice(self._tenants),
-            "family": self._family(),
-            "length": rng.choice([10, 23, 40, 60]),
-            "session": rng.choice([None, "s0", "s1"]),
-            "ttl": rng.choice([None, 0.0, 0.05, 2.0]),
-        }
-        return [Op(rng.choice(["pin", "pin", "unpin", "ttl"]), values)]
+        if self._kept and rng.random() < 0.5:
+            values = {**rng.choice(self._kept), "ttl": rng.choice([None, 0.0, 0.05, 2.0])}
+            return [Op(rng.choice(["pin", "unpin", "ttl"]), values)]
+        tenant, family, length = rng.choice(self._tenants), self._family(), rng.choice([10, 40])
+        session = rng.choice([None, "s0"])
+        hints = {} if session is None else {"session_id": session}
+        self._kept.append(
+            {"tenant": tenant, "family": family, "length": length, "session": session}
+        )
+        ask = self._ask(tenant=tenant, family=family, length=length, hints=hints)
+        pin = Op("pin", {**self._kept[-1], "ttl": rng.choice([None, None, 0.5])})
+        return [ask, Op("step", {"count": 20}), pin]
 
     def _nap(self) -> list[Op]:
         """Sleep, mostly until woken, with something happening meanwhile."""
