@@ -1,156 +1,213 @@
-"""Which eviction policy keeps the blocks that come again? A trace through the real engine.
+"""Which eviction policy keeps the blocks that come again? Traces without an engine.
 
-Requests are replayed one after another with a tiny model, each id of the trace as one block, over
-a pool and a CPU tier three times its size. Before each request whatever is on its way down has
-arrived, and hits below the pool are always loaded, so that the policies alone decide the figures.
-Each policy runs in both tiers, and in the CPU tier below an lru pool. The ceiling is the offline
-optimum in one tier of both sizes together.
+Requests take no time and come one after another; one tier holds a share of the trace's different
+blocks. The hit rates are those of `tierkv.sim.instant`, in tokens. MIN is the optimum with the
+whole future known; a policy's score is the part of the gap from lru to it that it closes:
 
-    python benchmarks/policies.py [--quick] [--trace FILE] [--requests 1000] [--shares 2.5,5,10]
+    score = (hit rate - that of lru) / (that of MIN - that of lru)
+
+The result says nothing of the machine and the time, so that it is the same for the same input.
+
+    python benchmarks/policies.py [--quick] [--trace FILE] [--trace chat] [--shares 1,2,5,10]
+        [--policies lru,reuse] [--block-size 512] [--part first] [--without-hints] [--jobs 2]
 """
 
 from __future__ import annotations
 
-import time
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from common import traces
-from common.models import model_dir, slot_bytes
-from common.runs import parse, parser, print_table, write
-from common.traces import BLOCK_SIZE, Trace
+from common import plots
+from common.runs import RESULTS, print_table
 
-from tierkv import SamplingParams
-from tierkv.config import EngineConfig
-from tierkv.engine.core import EngineCore, EngineRequest
 from tierkv.policies import registry
+from tierkv.sim import instant
+from tierkv.sim.coarsen import coarsen
+from tierkv.sim.generate import generate_trace
+from tierkv.sim.trace import Trace, TraceRequest
+from tierkv.sim.traces import read_trace
+from tierkv.sim.workloads import WORKLOADS
 
-CPU_TIMES = 3
-"""Blocks of the CPU tier for each one of the pool."""
+BASE, OFFLINE = "lru", "belady"
+PARTS = {"all": (0.0, 1.0), "first": (0.0, 0.5), "second": (0.5, 1.0)}
 
-OFFLINE = "belady"
-ONE_TOKEN = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
-
-
-def online_policies() -> list[str]:
-    """All that an engine can run: the offline optimum must be told what comes."""
-    return [name for name in registry.known("eviction") if name != OFFLINE]
-
-
-def combinations(*, quick: bool) -> list[tuple[str, str]]:
-    """Policies of the pool and of the CPU tier."""
-    names = online_policies()
-    same = [(name, name) for name in names]
-    return same if quick else same + [("lru", name) for name in names if name != "lru"]
+_foreseen: list[instant.Foreseen] = []  # of the trace that is replayed; worker processes inherit it
 
 
-def pool_blocks(trace: Trace, share: float) -> int:
-    """That share of the different blocks, but no less than the longest request runs in."""
-    longest = max(map(len, trace))
-    return max(int(share * traces.num_unique(trace)), longest + 2)
-
-
-def make_engine(trace: Trace, pool: int, policies: tuple[str, str]) -> EngineCore:
-    config = EngineConfig(
-        model=str(model_dir("tiny")),
-        dtype="bfloat16",
-        verify_model=False,
-        block_size=BLOCK_SIZE,
-        max_model_len=max(map(len, trace)) * BLOCK_SIZE + 4,
-        num_gpu_blocks=pool,
-        offload=f"cpu={pool * CPU_TIMES * slot_bytes('tiny', BLOCK_SIZE)}",
-        eviction_policy=f"gpu={policies[0]},cpu={policies[1]}",
-        load_policy="load",
-        prefetch_policy="none",
+def options() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    return EngineCore.from_config(config)
+    add = result.add_argument
+    add("--quick", action="store_true", help="a small generated trace: does it run at all?")
+    add("--trace", action="append", help=f"a file, or a workload: {', '.join(WORKLOADS)}")
+    add("--shares", default="1,2,5,10", help="capacities, in %% of the different blocks")
+    add("--policies", help="comma-separated, lru always among them; default: all")
+    add("--requests", type=int, help="the first so many; workloads have 5000 otherwise")
+    add("--block-size", type=int, help="tokens per block, a multiple of the trace's own")
+    add("--part", choices=PARTS, default="all", help="a half of the requests")
+    add("--without-hints", action="store_true", help="no sessions, turns and stop reasons")
+    add("--seed", type=int, default=0, help="of workloads")
+    add("--jobs", type=int, default=1, help="processes")
+    add("--name", default="policies", help="of the result's JSON and PNG")
+    add("--out", type=Path, default=RESULTS, help="folder of JSON and PNG")
+    return result
 
 
-def replay(core: EngineCore, trace: Trace) -> dict[str, Any]:
-    """Serve all requests; what they hit, by tier."""
-    start = time.perf_counter()
-    for number, request in enumerate(trace):
-        core.add_request(EngineRequest(str(number), traces.prompt_of(request), ONE_TOKEN))
-        while core.has_work:
-            core.step()
-        settle(core)
-    seconds, metrics = time.perf_counter() - start, core.metrics()
-    hits, below = metrics["hit_tokens"], metrics["hit_tokens_cpu"]
+# ---------------------------------------------------------------------- the trace
+
+
+def open_trace(name: str, args: argparse.Namespace) -> Trace:
+    if name in WORKLOADS:
+        count = args.requests or (200 if args.quick else 5000)
+        trace = generate_trace(name, num_requests=count, seed=args.seed)
+    else:
+        trace = read_trace(name, limit=args.requests)
+    trace = trace if args.block_size is None else coarsen(trace, args.block_size)
+    return Trace(trace.name, trace.block_size, lambda: requests_of(trace, args))
+
+
+def requests_of(trace: Trace, args: argparse.Namespace) -> Iterator[TraceRequest]:
+    requests: Iterator[TraceRequest] = iter(trace)
+    if args.part != "all":
+        count = sum(1 for _ in trace)
+        requests = islice(requests, *(int(count * share) for share in PARTS[args.part]))
+    for request in requests:
+        if args.without_hints:
+            request = dataclasses.replace(request, session="", turn=0, stop_reason="")
+        yield request
+
+
+# ---------------------------------------------------------------------- one trace
+
+
+def measure(trace: Trace, args: argparse.Namespace) -> dict[str, Any]:
+    """All policies at all capacities, and the optimum."""
+    foreseen = instant.Foreseen.of(trace)
+    _foreseen[:] = [foreseen]
+    names = policies_of(args)
+    shares = [float(share) for share in args.shares.split(",")]
+    tasks = [(name, capacity_at(share)) for share in shares for name in names]
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("fork")) as pool:
+        found = list(pool.map(replay_one, *zip(*tasks, strict=True)))
+    hits = dict(zip(tasks, found, strict=True))
+    infinite = foreseen.infinite()
     return {
-        "hit_tokens": hits,
-        "hit_tokens_gpu": hits - below,
-        "hit_tokens_cpu": below,
-        "share": round(hits / metrics["queried_tokens"], 4),
-        "queried_tokens": metrics["queried_tokens"],
-        "seconds": round(seconds, 2),
+        "block_size": trace.block_size,
+        "requests": infinite.num_requests,
+        "input_tokens": infinite.input_tokens,
+        "lookups": infinite.num_lookups,
+        "unique_blocks": foreseen.num_unique,
+        "infinite": round(infinite.rate, 6),
+        "shares": {f"{share:g}": at_share(share, names, hits) for share in shares},
     }
 
 
-def settle(core: EngineCore) -> None:
-    """Let everything that is on its way down arrive."""
-    while core.has_background_work:
-        core.work_in_background()
-        if core.cache.has_moves:
-            core.cache.wait(1.0)
+def policies_of(args: argparse.Namespace) -> list[str]:
+    known = [name for name in registry.known("eviction") if name != OFFLINE]
+    chosen = args.policies.split(",") if args.policies else known
+    return [BASE, *(name for name in chosen if name != BASE)]
 
 
-def measure(trace: Trace, share: float, *, quick: bool) -> dict[str, Any]:
-    """All policies at one capacity, and the ceiling."""
-    pool = pool_blocks(trace, share)
-    entry: dict[str, Any] = {"gpu_blocks": pool, "cpu_blocks": pool * CPU_TIMES, "policies": {}}
-    for policies in combinations(quick=quick):
-        core = make_engine(trace, pool, policies)
-        if core.metrics()["cpu_blocks"] != entry["cpu_blocks"]:
-            raise RuntimeError(f"the CPU tier has {core.metrics()['cpu_blocks']} blocks")
-        entry["policies"][",".join(policies)] = replay(core, trace)
-        core.close()
-    queried = next(iter(entry["policies"].values()))["queried_tokens"]
-    best = traces.ceiling(trace, pool * (1 + CPU_TIMES)) * BLOCK_SIZE
-    entry["ceiling"] = {"hit_tokens": best, "share": round(best / queried, 4)}
-    return entry
+def capacity_at(share: float) -> int:
+    """That share of the different blocks, in per cent."""
+    return max(1, int(_foreseen[0].num_unique * share / 100))
 
 
-def show(capacities: dict[str, Any]) -> None:
-    for share, entry in capacities.items():
-        sizes = f"pool {entry['gpu_blocks']}, CPU {entry['cpu_blocks']} blocks ({share})"
-        rows: list[list[object]] = [
-            [
-                f"gpu={gpu}, cpu={cpu}",
-                figures["hit_tokens_gpu"],
-                figures["hit_tokens_cpu"],
-                figures["hit_tokens"],
-                f"{figures['share']:.2%}",
-                figures["seconds"],
-            ]
-            for (gpu, cpu), figures in (
-                (names.split(","), figures) for names, figures in entry["policies"].items()
-            )
-        ]
-        best = entry["ceiling"]
-        rows.append(["offline optimum", "", "", best["hit_tokens"], f"{best['share']:.2%}", ""])
-        print_table([sizes, "hits gpu", "hits cpu", "hits", "of queried", "seconds"], rows)
-        print()
+def replay_one(name: str, capacity: int) -> instant.Hits:
+    foreseen = _foreseen[0]
+    policy = registry.create("eviction", name)
+    found = instant.replay(foreseen.requests, policy, capacity, foreseen.block_size)
+    print(f"{name} in {capacity} blocks: {found.rate:.2%}", flush=True)
+    return found
+
+
+def at_share(
+    share: float, names: list[str], hits: dict[tuple[str, int], instant.Hits]
+) -> dict[str, Any]:
+    foreseen, capacity = _foreseen[0], capacity_at(share)
+    best = instant.optimum(foreseen, capacity).rate
+    pinned = instant.optimum(foreseen, capacity, pinned=True).rate
+    found = {name: hits[name, capacity] for name in names}
+    base = found[BASE].rate
+    return {
+        "capacity": capacity,
+        "optimum": round(best, 6),
+        "optimum_pinned": round(pinned, 6),
+        "policies": {
+            name: {
+                "hit_rate": round(each.rate, 6),
+                "score": round((each.rate - base) / (best - base), 4) if best > base else 0.0,
+                "hit_blocks": each.num_hits,
+                "evicted_blocks": each.num_evicted,
+            }
+            for name, each in found.items()
+        },
+    }
+
+
+# ---------------------------------------------------------------------- what is shown
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    shares = result["shares"]
+    header = [f"{name}, hit rate (score) in %", *(f"{share} %" for share in shares)]
+    names = next(iter(shares.values()))["policies"]
+    rows: list[list[object]] = [
+        [policy, *(shown(entry["policies"][policy]) for entry in shares.values())]
+        for policy in names
+    ]
+    for label, key in (("MIN, requests' blocks stay", "optimum_pinned"), ("MIN", "optimum")):
+        rows.append([label, *(f"{entry[key]:.2%}" for entry in shares.values())])
+    rows.append(["infinite", *(f"{result['infinite']:.2%}" for _ in shares)])
+    print_table(header, rows)
+    print()
+
+
+def shown(figures: dict[str, float]) -> str:
+    return f"{100 * figures['hit_rate']:.2f} ({100 * figures['score']:+.1f})"
+
+
+def plot(target: Path, name: str, result: dict[str, Any]) -> None:
+    shares = result["shares"]
+    series = {
+        policy: [100 * entry["policies"][policy]["hit_rate"] for entry in shares.values()]
+        for policy in next(iter(shares.values()))["policies"]
+    }
+    series["MIN (optimum)"] = [100 * entry["optimum"] for entry in shares.values()]
+    plots.lines(
+        target,
+        [float(share) for share in shares],
+        series,
+        title=f"{name}, blocks of {result['block_size']} tokens",
+        left_label="token hit rate (%)",
+        x_label="capacity (% of the different blocks)",
+        floor=(100 * result["infinite"], "infinite"),
+    )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    options = parser(__doc__, repeats=1)
-    options.add_argument("--trace", type=Path, help="JSON lines; default: a small synthetic trace")
-    options.add_argument("--requests", type=int, default=1000, help="take the first so many")
-    options.add_argument("--shares", default="2.5,5,10", help="pool, in %% of the different blocks")
-    args = parse(options, argv)
-    count = min(args.requests, 40) if args.quick else args.requests
-    trace = traces.read(args.trace, count) if args.trace else traces.synthetic(count)
-    shares = [5.0] if args.quick else [float(s) for s in args.shares.split(",")]
-    capacities = {f"{share:g} %": measure(trace, share / 100, quick=args.quick) for share in shares}
-    show(capacities)
-    result = {
-        "trace": args.trace.name if args.trace else "synthetic",
-        "requests": len(trace),
-        "unique_blocks": traces.num_unique(trace),
-        "block_size": BLOCK_SIZE,
-        "capacities": capacities,
-    }
-    return write(args.out, "policies", result)
+    args = options().parse_args(argv)
+    if args.quick and args.out == RESULTS:
+        args.out = None
+    result: dict[str, Any] = {"benchmark": "policies", "traces": {}}
+    for each in args.trace or ["chat"]:
+        trace = open_trace(each, args)
+        found = result["traces"][trace.name] = measure(trace, args)
+        show(trace.name, found)
+        if args.out is not None:
+            args.out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(result, indent=1) + "\n"
+            (args.out / f"{args.name}.json").write_text(text)
+            plot(args.out / f"{args.name}-{trace.name}.png", trace.name, found)
+    return result
 
 
 if __name__ == "__main__":

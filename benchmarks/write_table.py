@@ -129,7 +129,7 @@ def oversubscribe(result: dict[str, Any]) -> Iterator[Row]:
             yield f"chats in 1/4 of the pool, {tiers}, {name}", *shown
 
 
-def policies(result: dict[str, Any]) -> Iterator[Row]:
+def policies_engine(result: dict[str, Any]) -> Iterator[Row]:
     for share, entry in result["capacities"].items():
         same = {
             n.split(",")[0]: f for n, f in entry["policies"].items() if len({*n.split(",")}) == 1
@@ -201,7 +201,7 @@ READERS = {
         moves,
         tier_ttft,
         oversubscribe,
-        policies,
+        policies_engine,
         overhead,
         decode_latency,
         http_overhead,

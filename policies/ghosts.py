@@ -59,6 +59,10 @@ class GhostValues(Generic[V]):
             gone.append(self._values.pop(next(iter(self._values))))
         return gone
 
+    def newest(self) -> Iterator[V]:
+        """What is remembered, the newest first."""
+        return iter(reversed(self._values.values()))
+
     def pop(self, key: Key) -> V | None:
         """Forget the key; what was remembered for it."""
         return self._values.pop(key, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +15,7 @@ Series = dict[str, list[float]]
 
 def lines(
     target: Path,
-    x: list[int],
+    x: Sequence[float],
     left: Series,
     *,
     title: str,
@@ -31,7 +32,7 @@ def lines(
     if floor is not None:
         axes.axhline(floor[0], linestyle="--", color="grey", linewidth=1, label=floor[1])
     axes.set_xscale("log", base=2)
-    axes.set_xticks(x, [str(value) for value in x])
+    axes.set_xticks(x, [f"{value:g}" for value in x])
     axes.set_ylim(bottom=0)
     axes.set(xlabel=x_label, ylabel=left_label, title=title)
     handles, labels = axes.get_legend_handles_labels()

@@ -203,8 +203,8 @@ def test_oversubscribe(tmp_path: Path) -> None:
         assert {*result["targets"]} <= {*result["ratios"][tiers]}
 
 
-def test_policies(tmp_path: Path) -> None:
-    result = run("policies", tmp_path)
+def test_policies_in_the_engine(tmp_path: Path) -> None:
+    result = run("policies_engine", tmp_path)
     registry = import_module("tierkv.policies.registry")
     for entry in result["capacities"].values():
         names = {name for pair in entry["policies"] for name in pair.split(",")}
@@ -215,7 +215,7 @@ def test_policies(tmp_path: Path) -> None:
             assert figures["hit_tokens"] <= entry["ceiling"]["hit_tokens"]
 
 
-def test_policies_replay_a_given_trace(tmp_path: Path) -> None:
+def test_policies_in_the_engine_replay_a_given_trace(tmp_path: Path) -> None:
     traces = import_module("common.traces")
     records = [
         {"hash_runs": [[0, 4]]},
@@ -231,7 +231,7 @@ def test_policies_replay_a_given_trace(tmp_path: Path) -> None:
     assert len({tuple(traces.prompt_of([i])) for i in range(0, 100_000, 7)}) == len(
         range(0, 100_000, 7)
     )
-    entry = run("policies", tmp_path, "--trace", str(path))["capacities"]["5 %"]
+    entry = run("policies_engine", tmp_path, "--trace", str(path))["capacities"]["5 %"]
     assert {f["hit_tokens"] for f in entry["policies"].values()} == {2 * 5}
     assert entry["ceiling"]["hit_tokens"] == 2 * 5
 
