@@ -10,6 +10,7 @@ otherwise.
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -108,13 +109,13 @@ class BlockNames:
         found = (id_at(following.runs, index) for index in range(known, last))
         return [block for block in found if block is not None]
 
-    def prompt_of(self, ids: list[int], num_tokens: int) -> list[int]:
-        """Token ids of a prompt."""
+    def prompt_of(self, ids: list[int], num_tokens: int) -> array[int]:
+        """Token ids of a prompt, 4 bytes each."""
         size, count = self.block_size, -(-num_tokens // self.block_size)
-        tokens = [0] * (count * size)
-        tokens[::size] = [block & _LOW for block in ids[:count]]
+        tokens = array("I", bytes(4 * count * size))
+        tokens[::size] = array("I", [block & _LOW for block in ids[:count]])
         if size > 1:
-            tokens[1::size] = [block >> 32 for block in ids[:count]]
+            tokens[1::size] = array("I", [block >> 32 for block in ids[:count]])
         del tokens[num_tokens:]
         return tokens
 

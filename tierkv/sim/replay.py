@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from tierkv.engine.kv_hints import KvHints
 from tierkv.engine.outputs import SequenceOutput
@@ -171,10 +172,10 @@ class _Replay:
 
     def _begin(self, arrival_s: float, arrival: Arrival) -> None:
         core, item, size = self._world.core, arrival.request, self._names.block_size
-        ids = self._names.ids_of(arrival)
+        ids, count = self._names.ids_of(arrival), item.input_tokens
         request = Request(
             str(arrival.number),
-            self._names.prompt_of(ids, item.input_tokens),
+            [0] * count,
             self._params,
             max_tokens=item.output_tokens,
             arrival_s=arrival_s,
@@ -185,8 +186,11 @@ class _Replay:
         self._world.sampler.streams[request.request_id] = Stream(arrival, ids)
         core.scheduler.add(request)
         core.control.admit(request)
-        full = item.input_tokens // size
-        request.sequences[0].block_keys = [key_of(block) for block in ids[:full]]
+        (seq,) = request.sequences
+        # A live request costs 4 bytes a token; what a list of its prompt says is not asked again.
+        seq.token_ids = cast("list[int]", self._names.prompt_of(ids, count))
+        request.prompt_token_ids = cast("list[int]", range(count))
+        seq.block_keys = [key_of(block) for block in ids[: count // size]]
 
     def _hints(self, item: TraceRequest) -> KvHints | None:
         if not self._load.has_hints or not (item.session or item.stop_reason):
