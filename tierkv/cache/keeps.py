@@ -77,7 +77,7 @@ class Keeps:
         self._timers: list[tuple[float, int, Block]] = []
         self._num_timers = self._most_timers = 0
         self._next_end_s = math.inf
-        self._unsettled: set[BlockKey] = set()
+        self._unsettled: dict[BlockKey, None] = {}  # in order: nothing depends on hashes
         self._retry_s, self._pause_s = 0.0, _FIRST_PAUSE_S
 
     # ------------------------------------------------------------------ what requests do
@@ -176,7 +176,7 @@ class Keeps:
     def _add(self, name: str, pin: Pin) -> None:
         self.pins[name] = pin
         self._next_end_s = min(self._next_end_s, pin.until_s)
-        for key in set(pin.keys):
+        for key in dict.fromkeys(pin.keys):
             self._counts[key] += 1
             if self._counts[key] == 1:
                 self._payers[key] = pin.tenant
@@ -191,12 +191,12 @@ class Keeps:
         pin = self.pins.pop(name, None)
         if pin is None:
             return False
-        for key in set(pin.keys):
+        for key in dict.fromkeys(pin.keys):
             self._counts[key] -= 1
             if not self._counts[key]:
                 del self._counts[key]
                 self._by_tenant[self._payers.pop(key)] -= 1
-                self._unsettled.discard(key)
+                self._unsettled.pop(key, None)
                 block = self._tree.get(key)
                 if block is not None and block.kept is not None:
                     block.kept.is_pinned = False
@@ -293,7 +293,7 @@ class Keeps:
         if not kept.is_pinned:
             kept.is_pinned = True
             self._renew(block)
-        self._unsettled.add(block.key)
+        self._unsettled[block.key] = None
         self._retry_s, self._pause_s = 0.0, _FIRST_PAUSE_S
         self._send_down(block)
 
@@ -310,7 +310,7 @@ class Keeps:
             block = self._tree.get(key)
             copy = block.copies.get(last) if block is not None else None
             if block is None or (copy is not None and copy.state is CopyState.READY):
-                self._unsettled.discard(key)
+                self._unsettled.pop(key, None)
             else:
                 waiting.append(block)
         for block in sorted(waiting, key=_depth):
