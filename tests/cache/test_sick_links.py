@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from hand_mover import BLOCK, CPU, NVME, Bench, Holder
+from hand_mover import BLOCK, CPU, GPU, NVME, Bench, Holder
 
 from tierkv.cache.lower_tiers import MoveLimits
-from tierkv.types import MoveFailure
+from tierkv.types import MoveFailure, MovePriority
 
 LIMITS = MoveLimits(step_bytes=1000, link_bytes=4, room=0.5)
 
@@ -66,6 +66,21 @@ def test_a_full_tier_takes_new_blocks_when_the_one_below_fails() -> None:
     new = compute_strangers(bench, 2, 2)
     run_with_a_full_disk(bench)
     assert all(CPU in seq.blocks[0].copies for seq in new)
+
+
+def test_a_child_whose_parent_is_stuck_is_not_sent_again_and_again() -> None:
+    limits = MoveLimits(1000, 1000, 10.0, 1.0)
+    bench = Bench(4, cpu=4, nvme=8, admission="write-through", limits=limits)
+    cache, seq = bench.cache, bench.compute(range(2 * BLOCK))
+    parent, child = seq.blocks
+    for block in (parent, child):
+        cache.moves.begin(block, GPU, CPU, MovePriority.WRITE_BACK)
+    cache.lower.clear_offers()
+    cache.release(seq)
+    first, second = bench.run()
+    bench.mover.end(second)  # it has overtaken its parent, and is refused
+    assert bench.run() == [first]
+    assert child.copies[GPU].is_evictable
 
 
 def run_with_a_full_disk(bench: Bench) -> None:

@@ -69,8 +69,8 @@ class Ticket:
 
 @dataclass(slots=True)
 class LinkStats:
-    """What one link (source tier, destination tier) did since the start, and when a move on it
-    failed last."""
+    """What one link (source tier, destination tier) did since the start, and when a block that it
+    carried did not get in last: it failed, or its parent had not got in."""
 
     num_moves: int = 0
     num_bytes: int = 0
@@ -268,6 +268,7 @@ class Moves:
             self._residency.commit_fill(block, destination)
         else:
             arrived = False
+            self._stats(ticket.link).failed_s = self._clock.now()
             self._residency.drop(block, destination)
         if destination is not GPU:
             del self._down[ticket.copy]
@@ -351,7 +352,6 @@ class Moves:
             stats.num_bytes += self.slot_bytes
         else:
             stats.failures[result.failure] += 1
-            stats.failed_s = self._clock.now()
 
     def _stats(self, link: Link) -> LinkStats:
         return self.stats.setdefault(link, LinkStats())
