@@ -100,6 +100,16 @@ def _check_evictable(cache: TieredCache) -> None:
                 _require(copy.is_listed == (copy.state is CopyState.READY), "not listed")
             if copy.is_evictable != is_free:
                 raise InvariantError(f"{tier.value}: wrongly evictable")
+            if is_free and tier is GPU and cache.window is None:
+                _check_can_leave(block)
+
+
+def _check_can_leave(block: Block) -> None:
+    """What counts as room in the pool is room: nobody holds what hangs on it."""
+    for child in block.children.values():
+        copy = child.copies.get(GPU)
+        if copy is not None and copy.is_listed and not copy.is_evictable:
+            raise InvariantError(f"block {block.key.hex()} counts as room, but a child is held")
 
 
 def _check_shares(cache: TieredCache, blocks: list[Block]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 
 from tierkv.cache.evictor import CPU, GPU, NVME
+from tierkv.cache.holder import is_stored
 from tierkv.cache.lookup import Match, is_partly_loading, loads_by_tier
 from tierkv.cache.tiered_cache import TieredCache
 from tierkv.engine.outputs import PromptSources
@@ -52,7 +53,8 @@ class Loader:
             self._computing[seq.seq_id] = target, view.recompute_s, self._clock.now()
             return self._cache.lookup(seq, use_lower=False), 0
         self._metrics.loads_chosen += 1
-        head = 0 if is_partly_loading(match) else head
+        if is_partly_loading(match) or not is_stored(seq):
+            head = 0  # others may bring the same blocks, whose children it would hold without them
         per_block_s = (view.load_s - view.load_latency_s) / match.num_loads
         self._promised_s = view.load_latency_s + per_block_s * (match.num_loads - head)
         return match, head
