@@ -2,8 +2,9 @@
 
     kind      of a use of a block, from what the engine knows when it ends:
                   stop     the request's stop reason: unknown, end, tool call
-                  gap      how long ago its chain was used before, as a quarter of the recent
-                           gaps; or no use before: a new conversation, as far as one can see
+                  gap      how long ago the chain that the request continues was used before, as
+                           a quarter of the recent gaps; or none, as far as one can see: a new
+                           conversation. Of a shared block: how long ago it itself was used
                   part     fresh (computed by this request), reused, or shared by several chains
     learn     a use ends: the block is watched, in its tier or (by its key, for as long as ghosts
               reach) out of it, until it is used again; `reuse_curves` counts at which age
@@ -48,7 +49,7 @@ class Use:
 
     Attributes:
         blocks: how many are watched, those that ghosts stand for included.
-        gap_s: age of the use before it, negative when none is known.
+        gap_s: age of the use before this one, negative when none is known.
         leaves: those of its blocks that could go now, oldest first.
         ghost: the last one that was made of its blocks.
     """
@@ -93,6 +94,7 @@ class ReusePolicy(LeafQueues):
         self._gaps = RecentTimes()
         self._quarters: list[float] = []
         self._use: Use | None = None  # what the blocks touched last belong to
+        self._old: Use | None = None  # and belonged to before
         self._verb = ""
         self._neighbour: Entry | None = None  # the block that may join them
 
@@ -102,15 +104,16 @@ class ReusePolicy(LeafQueues):
         if hint.now > self._now:
             self._advance(hint.now)
         above, use = entry.parent, self._use
+        if above is not None and above.num_children > 1:
+            above.uses = SHARED
         if use is None or self._verb != "insert" or above is not self._neighbour or above is None:
-            use = self._begin("insert", -1.0 if above is None else above.use.gap_s, FRESH, hint)
+            continues = above is not None and above.uses != SHARED
+            gap_s = above.use.gap_s if above is not None and continues else -1.0
+            use = self._begin("insert", gap_s, FRESH, hint)
         ghost = self.ghosts.pop(entry.key)
         if ghost is not None:
             entry.uses = REUSED
             self._came_back(ghost, use)
-        elif above is not None and above.num_children > 1:
-            above.uses = SHARED
-            use.gap_s = -1.0
         entry.use, self._neighbour = use, entry
         use.blocks += 1
         self._curves.entered[use.kind][0] += 1
@@ -135,30 +138,32 @@ class ReusePolicy(LeafQueues):
 
     def _reused(self, entry: Entry, hint: AccessHint) -> None:
         old, use = entry.use, self._use
-        if use is None or self._verb != "touch" or entry is not self._neighbour:
-            gap_s = -1.0
-            if entry.uses != SHARED:
-                gap_s = self._now - old.time_s
-                self._gaps.add(gap_s)
-            use = self._begin("touch", gap_s, max(entry.uses, REUSED), hint)
+        part = entry.uses = entry.uses or REUSED
+        if use is None or self._verb != "touch" or self._is_apart(entry, part):
+            gap_s = self._now - old.time_s
+            self._gaps.add(gap_s)
+            use = self._begin("touch", gap_s, part, hint)
         self._curves.reused[old.kind][old.band] += 1
-        entry.uses = entry.uses or REUSED
         self._join(entry, use)
 
     def _ended(self, entry: Entry, hint: AccessHint) -> None:
         """Its last use was none that ended at its beginning: that one is not counted."""
-        old, use = entry.use, self._use
-        if use is None or self._verb != "end" or entry is not self._neighbour:
-            use = self._begin("end", old.gap_s, entry.uses, hint)
-        elif entry.uses > use.kind % _NUM_PARTS:
-            use = self._begin("end", use.gap_s, entry.uses, hint)
+        old, use, part = entry.use, self._use, entry.uses
+        if use is None or self._verb != "end" or self._is_apart(entry, part):
+            use = self._begin("end", old.gap_s, part, hint)
+        elif part > use.kind % _NUM_PARTS:
+            use = self._begin("end", use.gap_s, part, hint)
         counts = self._curves.entered[old.kind]
         for band in range(old.band + 1):
             counts[band] -= 1
         self._join(entry, use)
 
+    def _is_apart(self, entry: Entry, part: int) -> bool:
+        """Whether it is no part of the chain, or a shared one with a last use of its own."""
+        return entry is not self._neighbour or (part == SHARED and entry.use is not self._old)
+
     def _join(self, entry: Entry, use: Use) -> None:
-        old = entry.use
+        old = self._old = entry.use
         old.blocks -= 1
         use.blocks += 1
         self._curves.entered[use.kind][0] += 1
@@ -197,9 +202,17 @@ class ReusePolicy(LeafQueues):
         self._num_uses += 1
         worth = self._curves.worth[kind][0]
         use = self._use = Use(kind, self._now, self._num_uses, worth, gap_s)
-        heappush(self._due, (self._now + end_of(0), use.number, use))
         self._verb = verb
+        heappush(self._due, (self._now + end_of(0), use.number, use))
+        if len(self._due) > 2 * (len(self.entries) + len(self.ghosts)) + 64:
+            self._due = self._watched()
         return use
+
+    def _watched(self) -> list[tuple[float, int, Use]]:
+        """The heap of uses without those that have no block left."""
+        watched = [item for item in self._due if item[2].blocks > 0]
+        heapify(watched)
+        return watched
 
     def _bucket(self, gap_s: float) -> int:
         """0 for no gap, else its quarter from 1 on, the shortest first."""
@@ -238,13 +251,11 @@ class ReusePolicy(LeafQueues):
 
     def _refresh(self) -> None:
         """Learn the curves anew, and rank by them."""
-        watched = [item for item in self._due if item[2].blocks > 0]
+        watched = self._due = self._watched()
         num_blocks = sum(use.blocks for _, _, use in watched)
         prior = self._prior * num_blocks / max(1, len(watched)) + 1.0
         self._curves.refresh(prior, 0.5 ** ((self._num_uses - self._refreshed_at) / self._fade))
         self._refreshed_at = self._num_uses
         self._quarters = self._gaps.quantiles(_QUARTERS)
-        heapify(watched)
-        self._due = watched
         for _, _, use in watched:
             self._rank(use)

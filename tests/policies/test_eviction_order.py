@@ -59,6 +59,9 @@ def evict(policy: EvictionPolicy, n: int) -> str:
         ("tinylfu", "cdab"),
         ("gdsf", "cdba"),
         ("reuse", "cdab"),
+        ("session-protect", "cdab"),
+        ("workload-aware", "cdab"),
+        ("retention", "cdab"),
     ],
 )
 def test_order(name: str, victims: str) -> None:
