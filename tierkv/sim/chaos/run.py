@@ -1,9 +1,9 @@
 """Plays a scenario, and checks after every step that no law is broken.
 
-always     the cache's conservation laws; every block that is read holds what it should; every
-           token is the right one; no sequence goes on after its end
-at resets  what was forgotten is gone from the persistent tier
-at the end every request has ended, within bounded time; nothing is held, and nothing moves
+Always: the cache's conservation laws and tenants' quotas; every block that is read holds what it
+should; every token is the right one; no sequence goes on after its end.
+At resets: what was forgotten is gone from the persistent tier.
+At the end: every request has ended, within bounded time; nothing is held, and nothing moves.
 """
 
 from __future__ import annotations
