@@ -285,3 +285,14 @@ def test_chaos(tmp_path: Path) -> None:
     assert result["totals"]["steps"] > 0
     one = import_module("chaos").main(["--seed", "7"])
     assert one == import_module("chaos").main(["--seed", "7", "--verbose"])
+
+
+def test_goodput(tmp_path: Path) -> None:
+    tiers = "gpu=600blocks,cpu=600blocks,nvme=1000blocks"
+    result = run("goodput", tmp_path, "--tiers", tiers, "--rates", "1", "2")
+    assert [each["rate"] for each in result["rates"]] == ["1", "1"]
+    assert result["ladder"][0]["system"] == "as vLLM decides"
+    assert len(result["ladder"]) == 7
+    assert all(each["goodput"] > 0 for each in result["ladder"])
+    within = result["goodput_within_p99_ttft_s"]
+    assert within["tierkv"].keys() == within["as vLLM decides"].keys()
