@@ -9,7 +9,8 @@ whole future known; a policy's score is the part of the gap from lru to it that 
 The result says nothing of the machine and the time, so that it is the same for the same input.
 
     python benchmarks/policies.py [--quick] [--trace FILE] [--trace chat] [--shares 1,2,5,10]
-        [--policies lru,reuse] [--block-size 512] [--part first] [--without-hints] [--jobs 2]
+        [--policies lru,reuse] [--block-size 512] [--variants all,first,second,without-hints]
+        [--jobs 2]
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import islice
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ from tierkv.sim.traces import read_trace
 from tierkv.sim.workloads import WORKLOADS
 
 BASE, OFFLINE = "lru", "belady"
-PARTS = {"all": (0.0, 1.0), "first": (0.0, 0.5), "second": (0.5, 1.0)}
+VARIANTS = ("all", "first", "second", "without-hints")
+"""The whole trace, a half of its requests, or all without sessions, turns and stop reasons."""
 
 _foreseen: list[instant.Foreseen] = []  # of the trace that is replayed; worker processes inherit it
 
@@ -52,8 +53,7 @@ def options() -> argparse.ArgumentParser:
     add("--policies", help="comma-separated, lru always among them; default: all")
     add("--requests", type=int, help="the first so many; workloads have 5000 otherwise")
     add("--block-size", type=int, help="tokens per block, a multiple of the trace's own")
-    add("--part", choices=PARTS, default="all", help="a half of the requests")
-    add("--without-hints", action="store_true", help="no sessions, turns and stop reasons")
+    add("--variants", default="all", help=f"of each trace: {', '.join(VARIANTS)}")
     add("--seed", type=int, default=0, help="of workloads")
     add("--jobs", type=int, default=1, help="processes")
     add("--name", default="policies", help="of the result's JSON and PNG")
@@ -70,19 +70,25 @@ def open_trace(name: str, args: argparse.Namespace) -> Trace:
         trace = generate_trace(name, num_requests=count, seed=args.seed)
     else:
         trace = read_trace(name, limit=args.requests)
-    trace = trace if args.block_size is None else coarsen(trace, args.block_size)
-    return Trace(trace.name, trace.block_size, lambda: requests_of(trace, args))
+    return trace if args.block_size is None else coarsen(trace, args.block_size)
 
 
-def requests_of(trace: Trace, args: argparse.Namespace) -> Iterator[TraceRequest]:
-    requests: Iterator[TraceRequest] = iter(trace)
-    if args.part != "all":
-        count = sum(1 for _ in trace)
-        requests = islice(requests, *(int(count * share) for share in PARTS[args.part]))
-    for request in requests:
-        if args.without_hints:
-            request = dataclasses.replace(request, session="", turn=0, stop_reason="")
-        yield request
+def varied(trace: Trace, variant: str) -> Trace:
+    if variant == "all":
+        return trace
+    if variant not in VARIANTS:
+        raise SystemExit(f"--variants: {variant!r} is none of {', '.join(VARIANTS)}")
+    requests = list(trace)
+    half = len(requests) // 2
+    if variant == "without-hints":
+        chosen = list(map(without_hints, requests))
+    else:
+        chosen = requests[:half] if variant == "first" else requests[half:]
+    return Trace(f"{trace.name}-{variant}", trace.block_size, lambda: iter(chosen))
+
+
+def without_hints(request: TraceRequest) -> TraceRequest:
+    return dataclasses.replace(request, session="", turn=0, stop_reason="")
 
 
 # ---------------------------------------------------------------------- one trace
@@ -198,15 +204,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.quick and args.out == RESULTS:
         args.out = None
     result: dict[str, Any] = {"benchmark": "policies", "traces": {}}
-    for each in args.trace or ["chat"]:
-        trace = open_trace(each, args)
+    for name, variant in product(args.trace or ["chat"], args.variants.split(",")):
+        trace = varied(open_trace(name, args), variant)
         found = result["traces"][trace.name] = measure(trace, args)
         show(trace.name, found)
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
             text = json.dumps(result, indent=1) + "\n"
             (args.out / f"{args.name}.json").write_text(text)
-            plot(args.out / f"{args.name}-{trace.name}.png", trace.name, found)
+            if variant == "all":
+                plot(args.out / f"{args.name}-{trace.name}.png", trace.name, found)
     return result
 
 

@@ -129,6 +129,16 @@ def oversubscribe(result: dict[str, Any]) -> Iterator[Row]:
             yield f"chats in 1/4 of the pool, {tiers}, {name}", *shown
 
 
+def policies(result: dict[str, Any]) -> Iterator[Row]:
+    for trace, entry in result["traces"].items():
+        for share, figures in entry["shares"].items():
+            rates = {name: each["hit_rate"] for name, each in figures["policies"].items()}
+            best = max(rates, key=lambda name: float(rates[name]))
+            compared = f"lru {rates['lru']:.1%}, optimum {figures['optimum']:.1%}"
+            text = f"{trace}, {share} % of its blocks, {best}: hits ({compared})"
+            yield text, _shown(rates[best], "%"), *NO_TARGET
+
+
 def policies_engine(result: dict[str, Any]) -> Iterator[Row]:
     for share, entry in result["capacities"].items():
         same = {
@@ -189,6 +199,15 @@ def chaos(result: dict[str, Any]) -> Iterator[Row]:
     yield what, *at_most(result["failed"], 0, "")
 
 
+def goodput(result: dict[str, Any]) -> Iterator[Row]:
+    within = result["goodput_within_p99_ttft_s"]
+    base, ours = within["as vLLM decides"], within["tierkv"]
+    for limit, good in base.items():
+        if good:
+            what = f"simulated goodput with p99 TTFT <= {limit} s, against vLLM's decisions"
+            yield what, *at_least(round(ours[limit] / good, 2), 2, "x")
+
+
 READERS = {
     reader.__name__: reader
     for reader in (
@@ -201,6 +220,7 @@ READERS = {
         moves,
         tier_ttft,
         oversubscribe,
+        policies,
         policies_engine,
         overhead,
         decode_latency,
@@ -208,6 +228,7 @@ READERS = {
         soak,
         window,
         chaos,
+        goodput,
     )
 }
 
