@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 import queue
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -221,6 +223,15 @@ _NEWS: list[Any] = []  # of this process, if it is one of a pool
 
 def _remember(news: Any) -> None:
     _NEWS.append(news)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Nobody waits for the results of a parent that was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _call(call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
