@@ -81,7 +81,7 @@ class ReusePolicy(LeafQueues):
         fade: uses after which what was learned counts half, at least 1.
     """
 
-    def __init__(self, prior: float = 3.0, fade: float = 50_000.0) -> None:
+    def __init__(self, prior: float = 3.0, fade: float = 200_000.0) -> None:
         if prior <= 0 or fade < 1:
             raise ValueError(f"reuse: prior={prior} must be above 0, fade={fade} at least 1")
         super().__init__()
