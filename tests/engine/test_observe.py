@@ -65,7 +65,8 @@ def slots_by_hand(core: EngineCore, tier: TierName) -> list[int]:
         )
         is_used = tier is GPU and id(block) in held and is_ready
         found[copy.slot] = cells.IN_USE if is_used else copy.state.code
-    late = [] if cache.moves is None else [t for t in cache.moves.tickets.values() if t.is_late]
+    tickets = [] if cache.moves is None else cache.moves.tickets.values()
+    late = [t for t in tickets if t.is_late and not t.is_released]
     for ticket in late:
         if ticket.move.destination is tier:
             found[ticket.copy.slot] = cells.FILLING

@@ -116,6 +116,8 @@ class Evictor:
         self.refresh(block)
         if block.kept is not None:
             self._renew_all(block)
+        elif block.copies[self.tier].wanted:
+            self.renew(block)
 
     def touch(self, block: Block, hint: AccessHint) -> None:
         """The block was used."""
@@ -164,6 +166,13 @@ class Evictor:
         if block.copies[self.tier].is_listed:
             self.policy.set_retention(block.key, retention(block, self.tier))
             self.refresh(block)
+
+    def want(self, block: Block, wanted: int) -> None:
+        """How much the copy is to be kept for a waiting sequence, 0 for not at all."""
+        copy = block.copies.get(self.tier)
+        if copy is not None and copy.wanted != wanted:
+            copy.wanted = wanted
+            self.renew(block)
 
     def _renew_all(self, block: Block) -> None:
         for tier in block.copies:

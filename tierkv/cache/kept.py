@@ -4,6 +4,8 @@
               as long as no tier below has it, and like any other once one has
     expired   goes before all others, in every tier
     priority  between these: lower goes first
+    wanted    in the pool: goes after all but pinned ones, as long as a sequence waits that was seen
+              to need it (`Prefetcher`); of two, what was seen first stays
 
 Whoever changes a mark, or a copy of a marked block, has the policies told (`Evictor.renew`).
 """
@@ -19,6 +21,13 @@ from tierkv.types import TierName
 PINNED = 1 << 20
 EXPIRED = -PINNED
 """Retentions beyond every priority."""
+
+_LEAST_WANTED = PINNED >> 1
+
+
+def wanted_by(number: int) -> int:
+    """The retention of what the `number`-th waiting sequence that was looked at will use."""
+    return PINNED - 1 - number % _LEAST_WANTED
 
 
 class Kept:
@@ -48,9 +57,11 @@ def is_bound(block: Block, tier: TierName) -> bool:
 
 def retention(block: Block, tier: TierName) -> int:
     """How much the copy in `tier` is to be kept, as policies are told."""
-    kept = block.kept
+    kept, copy = block.kept, block.copies.get(tier)
+    if kept is not None and kept.is_pinned and copy_below(block, tier) is None:
+        return PINNED
+    if copy is not None and copy.wanted:
+        return copy.wanted
     if kept is None:
         return 0
-    if kept.is_pinned and copy_below(block, tier) is None:
-        return PINNED
     return EXPIRED if kept.is_expired and not kept.is_pinned else kept.priority

@@ -16,7 +16,7 @@ from tierkv.cache.pool_blocks import PoolBlocks
 from tierkv.cache.prefix_tree import Block
 from tierkv.cache.tails import Tails
 from tierkv.errors import InvariantError
-from tierkv.types import MovePriority
+from tierkv.types import MovePriority, TierName
 
 
 class Loads:
@@ -68,6 +68,11 @@ class Loads:
                 self.num_prefetched_late += 1
         ticket.waiters.append(seq)
         seq.num_loading += 1
+
+    def source_of(self, block: Block) -> TierName | None:
+        """Where the block is on its way from into the pool; None when it is not."""
+        ticket = self._moves.loads.get(block.key)
+        return None if ticket is None else ticket.move.source
 
     def prefetch(self, block: Block) -> int:
         """Begin to load a block that nobody waits for yet; returns the pool blocks taken."""

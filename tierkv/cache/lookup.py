@@ -117,6 +117,11 @@ class Walker:
         match.num_tokens = (len(match.blocks) - match.num_loads) * self._block_size
         return match
 
+    @property
+    def is_chained(self) -> bool:
+        """Whether a block is of use only with all its ancestors."""
+        return self._window is None
+
     def first_wanted(self, seq: BlockHolder) -> int:
         """The first block of what `walk` would find now; with a window others come before it."""
         if self._window is None:

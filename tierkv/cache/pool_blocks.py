@@ -47,15 +47,6 @@ class PoolBlocks:
         """Blocks that could be allocated now: empty, or cached and evictable."""
         return len(self._slots.empty_slots) + self._evictor.num_evictable
 
-    @property
-    def num_blocks(self) -> int:
-        return self._slots.capacity
-
-    @property
-    def num_evicted(self) -> int:
-        """Copies that the pool has given up for others since the start."""
-        return self._evictor.num_evicted
-
     def new_block(self, depth: int, owner: Share | None = None) -> Block:
         """A private block with a slot, pinned once. The caller has checked `num_available`."""
         self.make_slot(owner)
@@ -103,9 +94,9 @@ class PoolBlocks:
             if not _has_child_here(block):
                 self._evictor.drop(block, Why.EVICTED)
 
-    def touch(self, block: Block, hint: AccessHint) -> None:
-        """The block will be used: it should not go first."""
-        self._evictor.touch(block, hint)
+    def want(self, block: Block, wanted: int) -> None:
+        """A waiting sequence will use the block, or (0) will not after all."""
+        self._evictor.want(block, wanted)
 
     def pin(self, block: Block) -> None:
         """One more holder."""
@@ -117,6 +108,8 @@ class PoolBlocks:
             if copy.is_prefetched and copy.is_listed:
                 copy.is_prefetched = False
                 self.num_prefetched_used += 1
+            if copy.wanted:
+                self._evictor.want(block, 0)
             self._evictor.refresh(block)
 
     def hold_alone(self, block: Block) -> None:

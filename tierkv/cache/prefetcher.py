@@ -1,18 +1,20 @@
 """Promoting blocks of waiting sequences before their turn.
 
 What is promoted for the sequences at the front of the queue must not be pushed out again for those
-behind them: each takes its blocks from a budget of places, also for blocks that are there already.
-A look at a sequence goes on where the last one ended; it begins anew when the pool has evicted so
-much that what it found may have gone.
+behind them: each takes its blocks from a budget of places, also for blocks that are there already,
+and what it will use is marked as wanted, so that whatever nobody waits for goes before it. A look
+at a sequence goes on where the last one ended, unless the pool has given up what that one found.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, field
 
 from tierkv.cache.claims import Claims
 from tierkv.cache.evictor import CPU, GPU, NVME
 from tierkv.cache.holder import BlockHolder
+from tierkv.cache.kept import wanted_by
 from tierkv.cache.loads import Loads
 from tierkv.cache.lookup import Walker, lower_tier
 from tierkv.cache.lower_tiers import LowerTiers
@@ -20,7 +22,6 @@ from tierkv.cache.pool_blocks import PoolBlocks
 from tierkv.cache.prefix_tree import Block
 
 _STAGED_SHARE = 0.5  # of the CPU tier, for blocks on their way from NVMe to the pool
-_STALE_SHARE = 0.1  # of the pool's blocks: so many evictions, and a look begins anew
 
 
 @dataclass(slots=True)
@@ -46,16 +47,18 @@ class _Cursor:
     """How far looks at one sequence have come.
 
     Attributes:
-        num_evicted: by the pool, when they began.
+        number: the sequence's, in the order in which they were first looked at.
         pooled: leading blocks that were in the pool, or on their way; `places` of them in nobody's
             use.
         staged: leading blocks that were at least on their way to the CPU tier.
+        wanted: those in the pool.
     """
 
-    num_evicted: int
+    number: int
     pooled: int = 0
     places: int = 0
     staged: int = 0
+    wanted: list[Block] = field(default_factory=list)
 
 
 class Prefetcher:
@@ -75,6 +78,7 @@ class Prefetcher:
         self._claims = claims
         self._cursors: dict[int, _Cursor] = {}
         self._before: dict[int, _Cursor] = {}
+        self._numbers = itertools.count()
 
     def budget(self, moves: int, num_spare: int) -> PrefetchBudget:
         """For one look at the queue: moves, and pool blocks that may be taken or kept for it."""
@@ -83,8 +87,16 @@ class Prefetcher:
         return PrefetchBudget(moves, num_spare, staged)
 
     def look_anew(self) -> None:
-        """A look at the whole queue begins: who was not seen since the last one is forgotten."""
+        """A look at the whole queue begins: what only those wanted who were not seen in the last
+        one is like any other block."""
+        for seq_id, cursor in self._before.items():
+            if seq_id not in self._cursors:
+                self._give_up(cursor)
         self._before, self._cursors = self._cursors, {}
+
+    def _give_up(self, cursor: _Cursor) -> None:
+        for block in cursor.wanted:
+            self._pool.want(block, 0)
 
     def promote(self, seq: BlockHolder, budget: PrefetchBudget) -> int:
         """Begin to promote what a sequence will need: into the pool as far as there is room,
@@ -98,8 +110,10 @@ class Prefetcher:
             elif budget.moves <= begun or self._is_out_of_reach(seq, index, block):
                 break
             elif budget.pool > 0 and self._pool.num_available > 0:
+                if not self._arrives_in_order(block):
+                    break
                 begun += self._loads.prefetch(block)
-                self._take_place(cursor, budget)
+                self._want(block, cursor, budget)
             elif budget.staged <= 0:
                 break
             elif index < cursor.staged:
@@ -117,20 +131,39 @@ class Prefetcher:
 
     def _cursor_of(self, seq: BlockHolder) -> _Cursor:
         cursor = self._cursors.get(seq.seq_id) or self._before.get(seq.seq_id)
-        evicted, stale = self._pool.num_evicted, self._pool.num_blocks * _STALE_SHARE
-        if cursor is None or evicted - cursor.num_evicted > stale:
-            cursor = _Cursor(evicted, self._walker.first_wanted(seq))
+        if cursor is None:
+            cursor = _Cursor(next(self._numbers), self._walker.first_wanted(seq))
+        elif not self._holds(seq, cursor):
+            self._give_up(cursor)
+            cursor = _Cursor(cursor.number, self._walker.first_wanted(seq))
         self._cursors[seq.seq_id] = cursor
         return cursor
 
-    def _keep(self, block: Block, cursor: _Cursor, budget: PrefetchBudget) -> None:
-        if block.copies[GPU].is_evictable:
-            self._take_place(cursor, budget)
-        self._pool.touch(block, self._lower.hint_of(block))
+    def _holds(self, seq: BlockHolder, cursor: _Cursor) -> bool:
+        """Whether the pool still has the last block that was there: leaves go first."""
+        if not cursor.wanted:
+            return True
+        block = self._walker.find(seq, cursor.pooled - 1)
+        return block is not None and GPU in block.copies
 
-    def _take_place(self, cursor: _Cursor, budget: PrefetchBudget) -> None:
-        budget.pool -= 1
+    def _keep(self, block: Block, cursor: _Cursor, budget: PrefetchBudget) -> None:
+        if not block.pins:
+            self._want(block, cursor, budget)
+
+    def _want(self, block: Block, cursor: _Cursor, budget: PrefetchBudget) -> None:
+        self._pool.want(block, wanted_by(cursor.number))
+        cursor.wanted.append(block)
         cursor.places += 1
+        budget.pool -= 1
+
+    def _arrives_in_order(self, block: Block) -> bool:
+        """Whether the pool will have its parent by the time that it has the block: without it the
+        block would be dropped on arrival. What comes from one tier comes in order."""
+        parent = block.parent
+        if not self._walker.is_chained or parent is None or parent.depth < 0:
+            return True
+        source = self._loads.source_of(parent)
+        return GPU in parent.copies and source in (None, lower_tier(block))
 
     def _is_out_of_reach(self, seq: BlockHolder, index: int, block: Block) -> bool:
         """It had to make room for blocks before it, or another sequence is computing it anew."""

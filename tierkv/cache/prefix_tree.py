@@ -29,9 +29,18 @@ class Copy:
         readers: moves that read the copy now.
         is_listed, is_evictable: what the tier's eviction policy was told of it (`Evictor`).
         is_prefetched: nobody has used it or waited for it since it was begun for later.
+        wanted: its retention (`kept`) when a waiting sequence will use it, else 0.
     """
 
-    __slots__ = ("is_evictable", "is_listed", "is_prefetched", "readers", "slot", "state")
+    __slots__ = (
+        "is_evictable",
+        "is_listed",
+        "is_prefetched",
+        "readers",
+        "slot",
+        "state",
+        "wanted",
+    )
 
     def __init__(self, slot: int, state: object) -> None:
         self.slot = slot
@@ -39,6 +48,7 @@ class Copy:
         self.readers = 0
         self.is_listed = False
         self.is_prefetched = False
+        self.wanted = 0
         self.is_evictable = False
 
 
