@@ -16,6 +16,7 @@ EVENTS = [When.READY, When.USED, When.USED, When.EVICTED]
     ("spec", "answers"),
     [
         ("write-through", [True, True, True, True]),
+        ("prompt-only", [True, True, True, False]),
         ("write-back", [False, False, False, True]),
         ("second-hit", [False, True, True, True]),
         ("second-hit:hits=3", [False, False, True, True]),
@@ -24,6 +25,13 @@ EVENTS = [When.READY, When.USED, When.USED, When.EVICTED]
 def test_when_a_block_is_admitted(spec: str, answers: list[bool]) -> None:
     policy: AdmissionPolicy = registry.create("admission", spec)
     assert [policy.admits("a", when, HINT) for when in EVENTS] == answers
+
+
+def test_prompt_only_waits_for_what_is_generated_to_come_back() -> None:
+    policy: AdmissionPolicy = registry.create("admission", "prompt-only")
+    generated = AccessHint(is_output=True)
+    assert [policy.admits("a", when, generated) for when in EVENTS] == [False] * 4
+    assert policy.admits("a", When.USED, HINT)
 
 
 def test_second_hit_spares_the_tier_what_was_wanted_once() -> None:
@@ -43,7 +51,8 @@ def test_second_hit_forgets_the_key_requested_least_recently() -> None:
 
 
 def test_every_admission_policy_is_tested() -> None:
-    assert registry.known("admission") == ["write-through", "write-back", "second-hit"]
+    expected = ["write-through", "prompt-only", "write-back", "second-hit"]
+    assert registry.known("admission") == expected
 
 
 @pytest.mark.parametrize("spec", ["second-hit:hits=0", "second-hit:memory=0"])
