@@ -180,3 +180,9 @@ def test_time_does_not_go_back() -> None:
     clock = VirtualClock(5.0)
     clock.advance_to(3.0)
     assert clock.now() == 5.0
+
+
+def test_what_is_prefetched_is_there_when_its_turn_comes() -> None:
+    found = replay(agents(150), machine({GPU: 400, CPU: 4000}), Load(rate=30.0))
+    assert found.prefetch_useful > 200
+    assert found.prefetch_wasted < 0.25 * found.prefetch_useful
