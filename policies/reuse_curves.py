@@ -20,7 +20,7 @@ All sups of a kind are the slopes of one upper convex hull, found in one pass fr
 from __future__ import annotations
 
 from bisect import bisect_right
-from math import frexp
+from math import frexp, pow
 
 NUM_BANDS = 96
 _PER_OCTAVE = 3
@@ -38,7 +38,7 @@ def band_of(age_s: float) -> int:
 
 def end_of(band: int) -> float:
     """The age at which the band ends, seconds."""
-    return _FIRST_S * 2.0 ** (band / _PER_OCTAVE)
+    return _FIRST_S * pow(2.0, band / _PER_OCTAVE)
 
 
 WIDTHS = [end_of(0), *(end_of(band) - end_of(band - 1) for band in range(1, NUM_BANDS))]
