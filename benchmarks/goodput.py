@@ -60,7 +60,7 @@ def setting_of(args: argparse.Namespace) -> tuple[LabOptions, Setting]:
         trace=args.trace,
         model=args.model,
         hardware=args.hardware,
-        requests=60 if args.quick else args.requests,
+        requests=25 if args.quick else args.requests,
         coarsen=None if args.quick else args.coarsen,
         context_limit=False,
         jobs=1 if args.quick else args.jobs,

@@ -208,6 +208,24 @@ def goodput(result: dict[str, Any]) -> Iterator[Row]:
             yield what, *at_least(round(ours[limit] / good, 2), 2, "x")
 
 
+def fidelity(result: dict[str, Any]) -> Iterator[Row]:
+    target = result["target"]
+    points = abs(result["hit_rate_off_points"])
+    yield "simulated hit rate, off by points", *at_most(points, target["hit_rate_points"], "points")
+    off = abs(result["ttft_p50_off"])
+    yield "simulated median TTFT, off by", *at_most(off, target["ttft_p50"], "%")
+
+
+def sim_speed(result: dict[str, Any]) -> Iterator[Row]:
+    target = result["target_lookups_per_s"]
+    for name, found in result["speed"].items():
+        what = f"simulated block look-ups per second, {name}"
+        yield what, *at_least(found["lookups_per_s"], target, "/s")
+    sizes = result["growth"]["resident_mb"]
+    what = f"{result['growth']['requests']:,} simulated requests, memory at the end"
+    yield what, _shown(sizes[-1], "MB"), *NO_TARGET
+
+
 READERS = {
     reader.__name__: reader
     for reader in (
@@ -229,6 +247,8 @@ READERS = {
         window,
         chaos,
         goodput,
+        fidelity,
+        sim_speed,
     )
 }
 

@@ -296,3 +296,16 @@ def test_goodput(tmp_path: Path) -> None:
     assert all(each["goodput"] > 0 for each in result["ladder"])
     within = result["goodput_within_p99_ttft_s"]
     assert within["tierkv"].keys() == within["as vLLM decides"].keys()
+
+
+def test_sim_speed(tmp_path: Path) -> None:
+    result = run("sim_speed", tmp_path)
+    assert len(result["speed"]) == 3
+    assert result["growth"]["requests"] == 100 and len(result["growth"]["resident_mb"]) == 10
+
+
+@pytest.mark.full  # it calibrates first
+def test_fidelity(tmp_path: Path) -> None:
+    result = run("fidelity", tmp_path)
+    assert result["live"]["requests"] == result["simulated"]["requests"] > 0
+    assert result["live"]["hit_rate"] == pytest.approx(result["simulated"]["hit_rate"], abs=0.2)
