@@ -8,7 +8,8 @@ arrived, and hits below the pool are always loaded, so that the policies alone d
 Each policy runs in both tiers, and in the CPU tier below an lru pool. The ceiling is the offline
 optimum in one tier of both sizes together.
 
-    python benchmarks/policies_engine.py [--quick] [--trace FILE] [--requests 1000] [--shares 2.5,5,10]
+    python benchmarks/policies_engine.py [--quick] [--trace FILE] [--requests 1000]
+        [--shares 2.5,5,10]
 """
 
 from __future__ import annotations
