@@ -91,7 +91,7 @@ class EngineConfig:
     num_gpu_blocks: int | None = option(None, "blocks of the GPU pool (instead of bytes)")
     enable_prefix_caching: bool = option(True, "reuse computed blocks between requests")
     eviction_policy: str = option(
-        "lru", "which unreferenced block goes first; one for all tiers, or gpu=lru,cpu=s3fifo,..."
+        "reuse", "which unreferenced block goes first; one for all tiers, or gpu=lru,cpu=s3fifo,..."
     )
 
     offload: str | None = option(

@@ -30,7 +30,7 @@ POOL_BLOCKS = 48
 AXES: dict[str, list[str]] = {
     "preemption_mode": ["swap", "recompute", "auto"],
     "load_policy": ["load", "split", "auto", "recompute"],
-    "eviction_policy": ["lru", "gpu=lru,cpu=s3fifo,nvme=tinylfu", "gpu=sieve,cpu=arc,nvme=gdsf"],
+    "eviction_policy": ["reuse", "gpu=lru,cpu=s3fifo,nvme=tinylfu", "gpu=sieve,cpu=arc,nvme=gdsf"],
     "admission_policy": ["write-through", "second-hit", "write-back"],
     "offload": ["cpu,nvme", "nvme", "cpu"],
 }

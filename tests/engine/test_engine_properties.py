@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tierkv.engine.plan import Plan
 from tierkv.types import RowResult
 
+NEWER = ["reuse", "session-protect", "workload-aware", "retention"]
 engines = st.fixed_dictionaries(
     {
         "num_blocks": st.integers(9, 60),
@@ -17,7 +18,7 @@ engines = st.fixed_dictionaries(
         "max_num_batched_tokens": st.sampled_from([4, 16, 64]),
         "max_num_seqs": st.sampled_from([4, 32]),
         "eviction_policy": st.sampled_from(
-            ["lru", "fifo", "lfu", "sieve", "s3fifo", "arc", "tinylfu", "gdsf"]
+            ["lru", "fifo", "lfu", "sieve", "s3fifo", "arc", "tinylfu", "gdsf", *NEWER]
         ),
         "scheduling_policy": st.sampled_from(["fcfs", "priority", "lpm"]),
         "preemption_victim": st.sampled_from(["latest", "priority", "largest", "cheapest"]),

@@ -50,7 +50,9 @@ def test_what_keeps_nothing_is_never_swapped() -> None:
     assert run.core.metrics()["cpu_used_bytes"] == 0
 
 
-@pytest.mark.parametrize("policy", ["lru", "fifo", "lfu", "sieve", "s3fifo", "arc", "tinylfu"])
+@pytest.mark.parametrize(
+    "policy", ["lru", "fifo", "lfu", "sieve", "s3fifo", "arc", "tinylfu", "reuse"]
+)
 def test_expired_blocks_go_first(policy: str) -> None:
     run = KvRun(num_blocks=24, eviction_policy=policy)
     run.ask(PROMPT, ttl=50)

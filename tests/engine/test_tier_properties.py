@@ -27,7 +27,7 @@ engines = st.fixed_dictionaries(
         "max_num_batched_tokens": st.sampled_from([4, 16, 64]),
         "max_num_seqs": st.sampled_from([4, 32]),
         "eviction_policy": st.sampled_from(
-            ["lru", "fifo", "gpu=lru,cpu=s3fifo,nvme=tinylfu", "gpu=sieve,cpu=arc,nvme=gdsf"]
+            ["lru", "reuse", "gpu=lru,cpu=s3fifo,nvme=tinylfu", "gpu=sieve,cpu=arc,nvme=gdsf"]
         ),
         "admission_policy": st.sampled_from(["write-through", "write-back", "second-hit"]),
         "scheduling_policy": st.sampled_from(["fcfs", "priority", "lpm"]),

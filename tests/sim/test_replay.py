@@ -32,7 +32,7 @@ def machine(blocks: dict[TierName, int], size: int = 16, **options: Any) -> Mach
     return Machine(SHAPE, HARDWARE, size, blocks, options)
 
 
-def agents(count: int = 120, seed: int = 0) -> Trace:
+def agents(count: int = 60, seed: int = 0) -> Trace:
     return generate_trace("agents", num_requests=count, seed=seed, max_context=4000)
 
 
@@ -44,7 +44,7 @@ def one_by_one(requests: list[TraceRequest], size: int = 16) -> Trace:
 @pytest.mark.parametrize("eviction", ["lru", "s3fifo", "reuse"])
 def test_every_request_ends_whatever_the_tiers(blocks: dict[TierName, int], eviction: str) -> None:
     found = replay(agents(), machine(blocks, eviction_policy=eviction))
-    assert found.num_requests + found.num_excluded == 120
+    assert found.num_requests + found.num_excluded == 60
     fitting = [r for r in agents() if r.input_tokens + r.output_tokens <= 400 * 16 + 1]
     assert found.counters["generated_tokens"] == sum(r.output_tokens for r in fitting)
     assert 0 < found.hit_rate <= 1
@@ -125,7 +125,7 @@ def test_requests_that_are_too_long_are_left_out_and_counted() -> None:
 
 
 def test_a_faster_trace_is_a_heavier_load() -> None:
-    trace = agents(100)
+    trace = agents(60)
     slow, fast = (replay(trace, machine({GPU: 400}), Load(rate=rate)) for rate in (0.2, 500.0))
     assert fast.duration_s < slow.duration_s
     assert fast.ttft_s["p99"] > slow.ttft_s["p99"]
@@ -183,6 +183,6 @@ def test_time_does_not_go_back() -> None:
 
 
 def test_what_is_prefetched_is_there_when_its_turn_comes() -> None:
-    found = replay(agents(150), machine({GPU: 400, CPU: 4000}), Load(rate=30.0))
+    found = replay(agents(80), machine({GPU: 400, CPU: 4000}), Load(rate=30.0))
     assert found.prefetch_useful > 200
     assert found.prefetch_wasted < 0.25 * found.prefetch_useful

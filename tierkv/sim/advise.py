@@ -25,7 +25,7 @@ DEFAULTS = "defaults"
 COMBINED = "all that helped"
 
 CHANGES: dict[str, tuple[str, ...]] = {
-    "eviction_policy": ("lru", "s3fifo", "sieve", "lfu", "gdsf", "reuse"),
+    "eviction_policy": ("lru", "s3fifo", "arc", "retention", "session-protect", "reuse"),
     "admission_policy": ("second-hit", "write-back"),
     "prefetch_policy": ("none", "queue"),
     "load_policy": ("load", "recompute"),

@@ -151,7 +151,7 @@ def _compare(outcomes: Sequence[Outcome]) -> None:
     lru = {
         _without_policy(o.case): o.measures.hit_rate
         for o in outcomes
-        if o.case.machine.options.get("eviction_policy", LRU) == LRU
+        if o.case.machine.options.get("eviction_policy") == LRU
     }
     for outcome in outcomes:
         base, best = lru.get(_without_policy(outcome.case)), outcome.optimum_hit_rate

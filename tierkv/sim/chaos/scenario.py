@@ -106,7 +106,18 @@ def _options(rng: Random, block_size: int, blocks: dict[TierName, int]) -> dict[
 
 
 def _evictions(blocks: dict[TierName, int]) -> list[str]:
-    names = ["lru", "fifo", "lfu", "sieve", "s3fifo", "arc", "tinylfu", "gdsf"]
+    names = [
+        "lru",
+        "fifo",
+        "lfu",
+        "sieve",
+        "s3fifo",
+        "arc",
+        "tinylfu",
+        "gdsf",
+        "reuse",
+        "retention",
+    ]
     if len(blocks) == len(TierName):
         names += ["gpu=lru,cpu=s3fifo,nvme=tinylfu", "gpu=sieve,cpu=arc,nvme=gdsf"]
     return names
