@@ -49,6 +49,7 @@ def options() -> argparse.ArgumentParser:
     arguments.add_argument("--minutes", type=float, default=10.0, help="of the live run")
     arguments.add_argument("--rate", type=float, default=0.25, help="times the trace's speed")
     arguments.add_argument("--shrink", type=int, default=16, help="divides lengths and blocks")
+    arguments.add_argument("--coarsen", type=int, help="take larger blocks before that")
     arguments.add_argument("--gpu-blocks", type=int, default=700)
     arguments.add_argument("--cpu-blocks", type=int, default=1500)
     return arguments
@@ -193,7 +194,7 @@ def run_simulated(
         "hit_rate_cpu": found.hit_rate_cpu,
         "ttft_p50_s": found.ttft_s["p50"],
         "ttft_p90_s": found.ttft_s["p90"],
-        "tpot_p50_s": found.itl_s["p50"],
+        "tpot_p50_s": found.tpot_s["p50"],
     }
 
 
@@ -202,7 +203,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     model = model_dir(MODEL)
     minutes = 0.1 if args.quick else args.minutes
     limit = 20 if args.quick else None
-    trace = shrunk(Source(args.trace, limit=limit).open(), args.shrink, 60 * minutes * args.rate)
+    trace = shrunk(
+        Source(args.trace, limit=limit, coarsen=args.coarsen).open(),
+        args.shrink,
+        60 * minutes * args.rate,
+    )
     with tempfile.TemporaryDirectory() as folder:
         hardware = calibrated(model, trace.block_size, Path(folder), 1 if args.quick else 3)
         live = run_live(model, trace, args)

@@ -2,7 +2,8 @@
 
 hit rate    prompt tokens whose KV a tier had / prompt tokens (of it, the part of each tier)
 TTFT        first token - arrival; ITL: between two tokens of a sequence
-good        TTFT and the mean time per further token are within the SLO
+TPOT        the mean of these in one request
+good        TTFT and TPOT are within the SLO
 goodput     good requests per second
 """
 
@@ -41,7 +42,7 @@ class Measures:
         num_requests: that ended; num_excluded: left out because the pool could not hold them.
         duration_s: from time 0 to the end of the last one.
         hit_rate: of prompt tokens; hit_rate_gpu, hit_rate_cpu, hit_rate_nvme: its parts.
-        ttft_s, itl_s: p50, p90, p99 and mean.
+        ttft_s, itl_s, tpot_s: p50, p90, p99 and mean.
         ttft_cdf: `(seconds, share)`.
         prompt_tokens_per_s, output_tokens_per_s, requests_per_s: throughput.
         goodput: good requests per second; good_share: of the requests.
@@ -60,6 +61,7 @@ class Measures:
     hit_rate_nvme: float = 0.0
     ttft_s: dict[str, float] = dataclasses.field(default_factory=dict)
     itl_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    tpot_s: dict[str, float] = dataclasses.field(default_factory=dict)
     ttft_cdf: list[tuple[float, float]] = dataclasses.field(default_factory=list)
     prompt_tokens_per_s: float = 0.0
     output_tokens_per_s: float = 0.0
@@ -91,7 +93,7 @@ class Tally:
     def __init__(self, slo: Slo) -> None:
         self.num_excluded = 0
         self._slo = slo
-        self._ttft = Quantiles()
+        self._ttft, self._tpot = Quantiles(), Quantiles()
         self._num_good = 0
         self._output_tokens = 0
         self._lookups = 0
@@ -106,6 +108,8 @@ class Tally:
         rest = max(1, item.output_tokens - 1)
         tpot_s = (times.finished_s - times.first_token_s) / rest
         self._ttft.add(ttft_s)
+        if item.output_tokens > 1:
+            self._tpot.add(tpot_s)
         self._num_good += ttft_s <= self._slo.ttft_s and tpot_s <= self._slo.tpot_s
         self._output_tokens += item.output_tokens
         self._lookups += item.num_blocks
@@ -127,6 +131,7 @@ class Tally:
             hit_rate_nvme=counters["hit_tokens_nvme"] / queried,
             ttft_s=_summary(self._ttft),
             itl_s=_summary(world.gaps),
+            tpot_s=_summary(self._tpot),
             ttft_cdf=self._ttft.cdf(),
             prompt_tokens_per_s=counters["queried_tokens"] / seconds,
             output_tokens_per_s=self._output_tokens / seconds,
