@@ -101,7 +101,6 @@ def play_one(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(options(), argv)
-    logging.getLogger("tierkv").setLevel(logging.ERROR)  # sick tiers are what is wanted here
     if args.seed is not None:
         return play_one(args)
     if args.quick:
@@ -113,4 +112,5 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    logging.getLogger("tierkv").setLevel(logging.ERROR)  # sick tiers are what is wanted here
     raise SystemExit(main()["failed"] > 0)

@@ -39,6 +39,7 @@ def run(name: str, folder: Path, *options: str) -> dict[str, Any]:
     return dict(written)
 
 
+@pytest.mark.full
 def test_hf_baseline(tmp_path: Path) -> None:
     result = run("hf_baseline", tmp_path)
     assert list(result["equal_work"]) == ["4", "8"]
@@ -270,6 +271,7 @@ def test_http_overhead(tmp_path: Path) -> None:
     assert result["first_ms"]["HTTP"] > 0
 
 
+@pytest.mark.full
 def test_soak(tmp_path: Path) -> None:
     """Streams that are left leave nothing behind, and everybody else is answered."""
     result = run("soak", tmp_path)

@@ -22,6 +22,7 @@ class Chats:
             "max_num_seqs": 2,
             "mover": {"is_eager": True, "is_ordered": True},
             "load_policy": "load",
+            "eviction_policy": "lru",
         }
         self.core, _, self._clock = ledger_engine(**{**options, **engine})  # type: ignore[arg-type]
         self.texts = [[(31 * i + j) % VOCAB for j in range(PROMPT)] for i in range(CHATS)]
