@@ -108,3 +108,19 @@ def test_loads_and_recomputations_are_compared_with_what_they_were_expected_to_t
     assert metrics["load_actual_s"] == 0
     assert metrics["recompute_predicted_s"] > 0
     assert metrics["recompute_actual_s"] > 0
+
+
+def test_what_nobody_waits_for_any_more_is_like_any_other_block() -> None:
+    chats = Chats(cpu_blocks=200)
+    chats.play()
+    core = chats.core
+    for i, text in enumerate(chats.texts):
+        core.add_request(EngineRequest(f"9.{i}", list(text), SamplingParams(max_tokens=9)))
+    for _ in range(4):
+        core.step()
+    wanted = [b for b in core.cache.tree if any(c.wanted for c in b.copies.values())]
+    assert wanted
+    core.abort([f"9.{i}" for i in range(1, CHATS)])
+    while core.has_work:
+        core.step()
+    assert not [b for b in core.cache.tree if any(c.wanted for c in b.copies.values())]

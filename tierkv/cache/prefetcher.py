@@ -94,6 +94,12 @@ class Prefetcher:
                 self._give_up(cursor)
         self._before, self._cursors = self._cursors, {}
 
+    def forget(self) -> None:
+        """Nobody waits any more."""
+        for cursor in [*self._before.values(), *self._cursors.values()]:
+            self._give_up(cursor)
+        self._before, self._cursors = {}, {}
+
     def _give_up(self, cursor: _Cursor) -> None:
         for block in cursor.wanted:
             self._pool.want(block, 0)

@@ -156,8 +156,11 @@ class Scheduler:
         for seq in prefills:
             self._plan_chunk(plan, seq)
         self._admit(plan)
-        if self.cache.prefetcher is not None and self.waiting:
-            self._loader.prefetch(self.waiting, self._num_spare())
+        if self.cache.prefetcher is not None:
+            if self.waiting:
+                self._loader.prefetch(self.waiting, self._num_spare())
+            else:
+                self.cache.prefetcher.forget()
         if plan.is_empty and not self._num_in_flight and self._is_stuck():
             raise InvariantError("sequences are runnable but none can be planned")
         self._num_in_flight += 0 if plan.is_empty else 1
