@@ -83,6 +83,9 @@ class EvictionPolicy(Protocol):
         """The block was used, or (`hint.ends_use`) its use ends."""
         ...
 
+    # A policy may also have `touch_chain(keys, hint)`: the same for blocks of one chain, deepest
+    # first; `hint` is that of the first of them, and differs from the others' in its depth alone.
+
     def set_evictable(self, key: Key, yes: bool) -> None:
         """Whether the block may be proposed (it may not while pinned or in flight)."""
         ...

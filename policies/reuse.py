@@ -28,10 +28,12 @@ et al. 2025); kinds of requests from "KVCache Cache in the Wild" (Wang et al., A
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
+from itertools import islice
 from math import inf
 
-from tierkv.policies.base import AccessHint, Why
+from tierkv.policies.base import AccessHint, Key, Why
 from tierkv.policies.ghosts import GhostValues
 from tierkv.policies.leaf_first import Entry, LeafQueues, Rank
 from tierkv.policies.reuse_curves import NUM_BANDS, ReuseCurves, band_of, end_of
@@ -129,25 +131,47 @@ class ReusePolicy(LeafQueues):
         use.gap_s = self._now - old.time_s
 
     def used(self, entry: Entry, hint: AccessHint) -> None:
+        self._used_all([entry], hint)
+
+    def touch_chain(self, keys: Sequence[Key], hint: AccessHint) -> None:
+        """See `EvictionPolicy`."""
+        self._used_all([self.entries[key] for key in keys], hint)
+
+    def _used_all(self, entries: Sequence[Entry], hint: AccessHint) -> None:
         if hint.now > self._now:
             self._advance(hint.now)
-        if hint.ends_use:
-            self._ended(entry, hint)
-        else:
-            self._reused(entry, hint)
+        first = 0
+        while first < len(entries):
+            entry, old = entries[first], entries[first].use
+            count = _num_alike(entries, first)
+            if hint.ends_use:
+                use, part = self._ended(entry, count, hint), entry.uses
+            else:
+                use, part = self._reused(entry, count, hint), entry.uses or REUSED
+            for entry in islice(entries, first, first + count):
+                entry.use, entry.uses = use, part
+                if entry.version:
+                    old.leaves.pop(entry, None)
+                    use.leaves[entry] = None
+                    self.place(entry, use.rank)
+            old.blocks -= count
+            use.blocks += count
+            self._curves.entered[use.kind][0] += count
+            self._old, self._neighbour = old, entry.parent
+            first += count
 
-    def _reused(self, entry: Entry, hint: AccessHint) -> None:
-        old, use = entry.use, self._use
-        part = entry.uses = entry.uses or REUSED
+    def _reused(self, entry: Entry, count: int, hint: AccessHint) -> Use:
+        """So many blocks, `entry` the deepest, are used again; returns what they belong to now."""
+        old, use, part = entry.use, self._use, entry.uses or REUSED
         if use is None or self._verb != "touch" or self._is_apart(entry, part):
             gap_s = self._now - old.time_s
             self._gaps.add(gap_s)
             use = self._begin("touch", gap_s, part, hint)
-        self._curves.reused[old.kind][old.band] += 1
-        self._join(entry, use)
+        self._curves.reused[old.kind][old.band] += count
+        return use
 
-    def _ended(self, entry: Entry, hint: AccessHint) -> None:
-        """Its last use was none that ended at its beginning: that one is not counted."""
+    def _ended(self, entry: Entry, count: int, hint: AccessHint) -> Use:
+        """As `_reused`. Their last use was none that ended at its beginning: it is not counted."""
         old, use, part = entry.use, self._use, entry.uses
         if use is None or self._verb != "end" or self._is_apart(entry, part):
             use = self._begin("end", old.gap_s, part, hint)
@@ -155,23 +179,12 @@ class ReusePolicy(LeafQueues):
             use = self._begin("end", use.gap_s, part, hint)
         counts = self._curves.entered[old.kind]
         for band in range(old.band + 1):
-            counts[band] -= 1
-        self._join(entry, use)
+            counts[band] -= count
+        return use
 
     def _is_apart(self, entry: Entry, part: int) -> bool:
         """Whether it is no part of the chain, or a shared one with a last use of its own."""
         return entry is not self._neighbour or (part == SHARED and entry.use is not self._old)
-
-    def _join(self, entry: Entry, use: Use) -> None:
-        old = self._old = entry.use
-        old.blocks -= 1
-        use.blocks += 1
-        self._curves.entered[use.kind][0] += 1
-        entry.use, self._neighbour = use, entry.parent
-        if entry.version:
-            old.leaves.pop(entry, None)
-            use.leaves[entry] = None
-            self.place(entry, use.rank)
 
     def freed(self, entry: Entry) -> None:
         use = entry.use
@@ -260,3 +273,15 @@ class ReusePolicy(LeafQueues):
         self._quarters = self._gaps.quantiles(_QUARTERS)
         for _, _, use in watched:
             self._rank(use)
+
+
+def _num_alike(entries: Sequence[Entry], first: int) -> int:
+    """How many blocks from `first` on are a chain of one use and one part."""
+    use, part = entries[first].use, entries[first].uses
+    neighbour: Entry | None = entries[first]
+    for index in range(first, len(entries)):
+        entry = entries[index]
+        if entry is not neighbour or entry.use is not use or entry.uses != part:
+            return index - first
+        neighbour = entry.parent
+    return len(entries) - first

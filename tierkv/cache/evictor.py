@@ -8,9 +8,9 @@ lower tier holds may have its ancestors in another tier.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from tierkv.cache.hints import BlockCosts
+from tierkv.cache.hints import BlockCosts, HintMaker
 from tierkv.cache.kept import is_bound, retention
 from tierkv.cache.prefix_tree import Block, PrefixTree
 from tierkv.cache.residency import CopyState, Residency
@@ -126,6 +126,20 @@ class Evictor:
             self.policy.touch(block.key, self._priced(block, hint))
             if self.tier is NVME and not hint.ends_use:
                 self.touched.add(copy.slot)
+
+    def touch_chain(self, blocks: Sequence[Block], hint_of: HintMaker) -> None:
+        """Blocks of one chain, deepest first, were used; a policy that can is told once."""
+        touch = getattr(self.policy, "touch_chain", None)
+        if touch is None:
+            for block in blocks:
+                self.touch(block, hint_of(block.depth))
+            return
+        tier = self.tier
+        for hint, part in hint_of.parts(blocks):
+            listed = [b for b in part if (c := b.copies.get(tier)) is not None and c.is_listed]
+            touch([block.key for block in listed], hint)
+            if tier is NVME and not hint.ends_use:
+                self.touched.update(block.copies[NVME].slot for block in listed)
 
     def take_touched(self) -> set[int]:
         """Slots of blocks used since the last call."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from tierkv.cache.holder import BlockHolder
 from tierkv.cache.prefix_tree import Block
 from tierkv.cache.residency import copy_below
@@ -42,6 +44,16 @@ class HintMaker:
         if depth >= self.first_output:
             hint.is_output = True
         return hint
+
+    def parts(self, blocks: Sequence[Block]) -> Iterator[tuple[AccessHint, Sequence[Block]]]:
+        """A chain's blocks, deepest first, in at most two parts whose hints are alike but for the
+        depth: what was generated, and the prompt; each with the hint of its first block."""
+        first, split = self.first_output, 0
+        while split < len(blocks) and blocks[split].depth >= first:
+            split += 1
+        for part in (blocks[:split], blocks[split:]):
+            if part:
+                yield self(part[0].depth), part
 
 
 class Hints:

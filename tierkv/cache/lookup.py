@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 from tierkv.cache.evictor import GPU
@@ -109,7 +109,9 @@ class Walker:
             block = get(key)
             if block is None:
                 break
-            if match.num_loads or not is_in_pool(block):
+            copy = block.copies.get(GPU)
+            is_ready = copy is not None and copy.state is CopyState.READY
+            if match.num_loads or not (is_ready or is_in_pool(block)):
                 if not use_lower or not self.can_load(block):
                     break
                 match.num_loads += 1
@@ -136,6 +138,17 @@ class Walker:
             return None
         block = self._tree.get(seq.block_keys[index])
         return block if block is not None and self.can_load(block) else None
+
+    def run_in(self, tier: TierName, seq: BlockHolder, index: int) -> Iterator[Block]:
+        """The blocks from `index` on that `walk` could find and that have a copy in `tier`, or get
+        one; up to the first that has none."""
+        keys = seq.block_keys
+        limit = min(len(keys), (len(seq.token_ids) - 1) // self._block_size)
+        for at in range(index, limit):
+            block = self._tree.get(keys[at])
+            if block is None or tier not in block.copies:
+                return
+            yield block
 
     def can_load(self, block: Block) -> bool:
         """Whether the block is on its way into the pool, or could be."""

@@ -354,7 +354,10 @@ class Moves:
             stats.failures[result.failure] += 1
 
     def _stats(self, link: Link) -> LinkStats:
-        return self.stats.setdefault(link, LinkStats())
+        stats = self.stats.get(link)
+        if stats is None:
+            stats = self.stats[link] = LinkStats()
+        return stats
 
     # ------------------------------------------------------------------ the source
 

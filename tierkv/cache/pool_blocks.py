@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from tierkv.cache.evictor import GPU, Evictor
 from tierkv.cache.hashing import private_key
+from tierkv.cache.hints import HintMaker
 from tierkv.cache.prefix_tree import Block
 from tierkv.cache.residency import CopyState, Residency
 from tierkv.cache.shares import Share
@@ -111,6 +112,23 @@ class PoolBlocks:
             if copy.wanted:
                 self._evictor.want(block, 0)
             self._evictor.refresh(block)
+
+    def pin_all(self, blocks: Iterable[Block]) -> None:
+        """One more holder of each."""
+        for block in blocks:
+            if block.pins:
+                block.pins += 1
+            else:
+                self.pin(block)
+
+    def unpin_chain(self, blocks: Sequence[Block], hint_of: HintMaker) -> None:
+        """The use of a chain's blocks ends, deepest first: one holder fewer of each."""
+        self._evictor.touch_chain([block for block in blocks if block.in_tree], hint_of)
+        for block in blocks:
+            if block.pins > 1:
+                block.pins -= 1
+            else:
+                self.unpin(block, None)
 
     def hold_alone(self, block: Block) -> None:
         """A busy block gets its first pin: its ancestors have, or get, one of their own."""

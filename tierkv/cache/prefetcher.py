@@ -20,6 +20,7 @@ from tierkv.cache.lookup import Walker, lower_tier
 from tierkv.cache.lower_tiers import LowerTiers
 from tierkv.cache.pool_blocks import PoolBlocks
 from tierkv.cache.prefix_tree import Block
+from tierkv.cache.residency import CopyState
 
 _STAGED_SHARE = 0.5  # of the CPU tier, for blocks on their way from NVMe to the pool
 
@@ -51,7 +52,7 @@ class _Cursor:
         pooled: leading blocks that were in the pool, or on their way; `places` of them in nobody's
             use.
         staged: leading blocks that were at least on their way to the CPU tier.
-        wanted: those in the pool.
+        wanted: those of them that are marked.
     """
 
     number: int
@@ -109,6 +110,8 @@ class Prefetcher:
         else from NVMe to the CPU tier; returns how many moves began. Its keys are known."""
         cursor = self._cursor_of(seq)
         budget.pool -= cursor.places
+        if self._walker.is_chained:
+            self._pass_pooled(seq, cursor, budget)
         begun, index = 0, cursor.pooled
         while (block := self._walker.find(seq, index)) is not None:
             if GPU in block.copies:
@@ -122,9 +125,9 @@ class Prefetcher:
                 self._want(block, cursor, budget)
             elif budget.staged <= 0:
                 break
-            elif index < cursor.staged:
-                budget.staged -= cursor.staged - index
-                index = cursor.staged
+            elif (end := self._end_of_staged(seq, index, cursor, budget)) > index:
+                budget.staged -= end - index
+                index = cursor.staged = end
                 continue
             else:
                 budget.staged -= 1
@@ -144,6 +147,35 @@ class Prefetcher:
             cursor = _Cursor(cursor.number, self._walker.first_wanted(seq))
         self._cursors[seq.seq_id] = cursor
         return cursor
+
+    def _pass_pooled(self, seq: BlockHolder, cursor: _Cursor, budget: PrefetchBudget) -> None:
+        """Go past what is in the pool, or on its way. Whoever keeps the last block there keeps its
+        ancestors: leaves go first."""
+        last: Block | None = None
+        for block in self._walker.run_in(GPU, seq, cursor.pooled):
+            cursor.pooled += 1
+            if block.pins:
+                continue
+            if block.copies[GPU].state is CopyState.READY:
+                last = block
+                cursor.places += 1
+                budget.pool -= 1
+            else:
+                self._want(block, cursor, budget)
+        if last is not None:
+            self._pool.want(last, wanted_by(cursor.number))
+            cursor.wanted.append(last)
+
+    def _end_of_staged(
+        self, seq: BlockHolder, index: int, cursor: _Cursor, budget: PrefetchBudget
+    ) -> int:
+        """The first block from `index` on that has yet to come to the CPU tier, or is not to."""
+        end, limit = max(index, cursor.staged), index + budget.staged
+        for block in self._walker.run_in(CPU, seq, end):
+            if end >= limit or GPU in block.copies or self._claims.is_claimed(seq, block.key):
+                break
+            end += 1
+        return end
 
     def _holds(self, seq: BlockHolder, cursor: _Cursor) -> bool:
         """Whether the pool still has the last block that was there: leaves go first."""

@@ -225,10 +225,9 @@ class TieredCache:
         loaded = match.blocks
         if num_head:
             loaded = [*match.blocks[:first_load], *match.blocks[first_load + num_head :]]
-        for block in reversed(loaded):
-            if block is not None:
-                self.pool.pin(block)
-                self._touch(block, hint_of(block.depth))
+        held = [block for block in reversed(loaded) if block is not None]
+        self.pool.pin_all(held)
+        self._touch(held, hint_of)
         seq.blocks, seq.block_table = [], []
         for index, block in enumerate(match.blocks):
             if first_load <= index < first_load + num_head:
@@ -259,18 +258,21 @@ class TieredCache:
     def _take(self, seq: BlockHolder, block: Block | None) -> None:
         """Append a block, already pinned, to the table; load it if it is not in the pool."""
         seq.blocks.append(block)
-        if block is not None and not is_in_pool(block):
-            self.loads.wait_for(seq, block)
-        elif block is not None:
-            self._rescue(block)
-        seq.block_table.append(block.copies[GPU].slot if block is not None else 0)
+        copy = block.copies.get(GPU) if block is not None else None
+        if block is not None and (copy is None or copy.state is not CopyState.READY):
+            if is_in_pool(block):
+                self._rescue(block)
+            else:
+                self.loads.wait_for(seq, block)
+            copy = block.copies[GPU]
+        seq.block_table.append(copy.slot if copy is not None else 0)
 
     def _take_partial(
         self, seq: BlockHolder, partial: tuple[Block, int], hint_of: HintMaker
     ) -> None:
         source, _ = partial
         self._rescue(source)
-        self._touch(source, hint_of(source.depth))
+        self._touch([source], hint_of)
         self._append_copy_of(seq, *partial)
 
     def blocks_to_acquire(self, match: Match, num_tokens: int, chunk: int) -> int:
@@ -287,12 +289,15 @@ class TieredCache:
             root = self.tree.root_key(seq.cache_salt)
             extend_keys(seq.block_keys, root, seq.token_ids, self.block_size)
 
-    def _touch(self, block: Block, hint: AccessHint) -> None:
-        """The block is used: tell the policies of the tiers that hold it, and offer it down."""
-        for tier in block.copies:
-            self.evictors[tier].touch(block, hint)
-        if self.lower is not None and is_in_pool(block):
-            self.lower.offer(block, GPU, When.USED, hint)
+    def _touch(self, chain: Sequence[Block], hint_of: HintMaker) -> None:
+        """Blocks are used: tell the policies of the tiers that hold them, and offer them down."""
+        for evictor in self.evictors.values():
+            evictor.touch_chain(chain, hint_of)
+        if self.lower is not None:
+            below = self.lower.below_pool
+            for block in chain:
+                if below not in block.copies and is_in_pool(block):
+                    self.lower.offer(block, GPU, When.USED, hint_of(block.depth))
 
     # ------------------------------------------------------------------ grow
 
@@ -364,9 +369,7 @@ class TieredCache:
         """
         count = self.blocks_for(num_tokens)
         child.blocks = parent.blocks[:count]
-        for block in child.blocks:
-            if block is not None:
-                self.pool.pin(block)
+        self.pool.pin_all(block for block in child.blocks if block is not None)
         child.block_table = parent.block_table[:count]
         child.block_keys = parent.block_keys[: num_tokens // self.block_size]
         child.num_computed = num_tokens
@@ -393,9 +396,7 @@ class TieredCache:
         if self.moves is not None:
             self.loads.forget(seq, dropped)
         hint_of = self._hints.of_use(seq, ends=True)
-        for block in reversed(dropped):
-            if block is not None:
-                self.pool.unpin(block, hint_of(block.depth))
+        self.pool.unpin_chain([b for b in reversed(dropped) if b is not None], hint_of)
         del seq.blocks[index:], seq.block_table[index:]
         seq.load_from = seq.load_tokens = 0
         seq.table_version += 1

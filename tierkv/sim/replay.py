@@ -6,8 +6,10 @@ the one before it. Requests that could not run alone in the pool are left out an
 
 from __future__ import annotations
 
+import gc
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -69,7 +71,19 @@ def replay(
     """
     names = BlockNames(trace.block_size, reuses_outputs=load.reuses_outputs)
     world = build_world(machine, names)
-    return _Replay(world, machine, names, load, slo, progress).run(trace)
+    with _few_collections():
+        return _Replay(world, machine, names, load, slo, progress).run(trace)
+
+
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """Look for cyclic garbage less often: there is little, and millions of blocks to look at."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, 50, 50)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 class _Replay:
