@@ -30,7 +30,6 @@ def test_every_section_runs() -> None:
 def test_kernels_moves_and_engine_run() -> None:
     found = dry_run("limits", "correctness", "moved_bytes", "moves", "layout", "large_model")
     assert not [name for name, entry in found.items() if suite().is_wrong(entry)]
-    assert all(entry["seconds"] > 0 for entry in found.values())
     for name, entry in found.items():
         rows = list(suite().SECTIONS[name].rows(entry["result"]))
         assert rows and all(len(row) == 4 for row in rows)

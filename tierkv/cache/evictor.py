@@ -8,11 +8,11 @@ lower tier holds may have its ancestors in another tier.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from tierkv.cache.hints import BlockCosts, HintMaker
 from tierkv.cache.kept import is_bound, retention
-from tierkv.cache.prefix_tree import Block, PrefixTree
+from tierkv.cache.prefix_tree import Block, Copy, PrefixTree
 from tierkv.cache.residency import CopyState, Residency
 from tierkv.cache.shares import Share
 from tierkv.errors import InvariantError
@@ -174,6 +174,17 @@ class Evictor:
             copy.is_evictable = free
             self.num_evictable += 1 if free else -1
             self.policy.set_evictable(block.key, free)
+
+    def refresh_all(self, held: Iterable[tuple[Block, Copy]]) -> None:
+        """The same for blocks of the pool and their copies there."""
+        tell, change = self.policy.set_evictable, 0
+        for block, copy in held:
+            free = copy.is_listed and not (copy.readers or block.pins or block.busy)
+            if free is not copy.is_evictable:
+                copy.is_evictable = free
+                change += 1 if free else -1
+                tell(block.key, free)
+        self.num_evictable += change
 
     def renew(self, block: Block) -> None:
         """How long the block is wanted has changed, or where its other copies are."""

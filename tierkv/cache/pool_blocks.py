@@ -115,20 +115,32 @@ class PoolBlocks:
 
     def pin_all(self, blocks: Iterable[Block]) -> None:
         """One more holder of each."""
+        held = []
         for block in blocks:
+            copy = block.copies.get(GPU)
             if block.pins:
                 block.pins += 1
-            else:
+            elif block.busy or copy is None or copy.is_prefetched or copy.wanted:
                 self.pin(block)
+            else:
+                block.pins = 1
+                held.append((block, copy))
+        self._evictor.refresh_all(held)
 
     def unpin_chain(self, blocks: Sequence[Block], hint_of: HintMaker) -> None:
         """The use of a chain's blocks ends, deepest first: one holder fewer of each."""
         self._evictor.touch_chain([block for block in blocks if block.in_tree], hint_of)
+        let_go = []
         for block in blocks:
+            copy = block.copies.get(GPU)
             if block.pins > 1:
                 block.pins -= 1
+            elif block.pins and copy is not None and copy.is_listed and not block.busy:
+                block.pins = 0
+                let_go.append((block, copy))
             else:
                 self.unpin(block, None)
+        self._evictor.refresh_all(let_go)
 
     def hold_alone(self, block: Block) -> None:
         """A busy block gets its first pin: its ancestors have, or get, one of their own."""
