@@ -74,8 +74,16 @@ class Link:
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or self._erased or any(self._waiting))
             erased, self._erased = self._erased, []
-            queue = next(filter(None, self._waiting), None) or deque[Move]()
-            return erased, [queue.popleft() for _ in range(min(len(queue), self._batch_moves))]
+            return erased, self._most_urgent()
+
+    def take_now(self) -> list[Move]:
+        """The most urgent moves, all of one priority; none when none waits."""
+        with self._changed:
+            return self._most_urgent()
+
+    def _most_urgent(self) -> list[Move]:
+        queue = next(filter(None, self._waiting), None) or deque[Move]()
+        return [queue.popleft() for _ in range(min(len(queue), self._batch_moves))]
 
     def close(self) -> None:
         """What waits is still served; nothing is added."""

@@ -15,7 +15,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from tierkv.cache.links import Memory, copy_rows
+from tierkv.cache.links import Memory
 from tierkv.storage import base
 from tierkv.storage.arena import HostArena
 from tierkv.storage.base import BlockStore, Cause, Outcome
@@ -27,6 +27,19 @@ GPU = TierName.GPU
 
 Answer = MoveFailure | None
 """How one move ended."""
+
+CopyPool = Callable[[list[Move], Memory, list[int]], None]
+"""Copies between the moves' places in the pool and slots of other memory; returns when all bytes
+are there."""
+
+Allocate = Callable[[int, int], Memory]
+"""New memory for a number of blocks of some bytes each."""
+
+
+def allocate(num_slots: int, block_bytes: int) -> Memory:
+    """Ordinary memory; pages are taken from the system where they are first used."""
+    return Memory.of(HostArena(num_slots, block_bytes))
+
 
 _FAILURES = {
     Cause.NOT_FOUND: MoveFailure.LOST,
@@ -46,13 +59,12 @@ class Staging:
     """Memory for blocks on their way to the store, so that the pool need not keep them.
 
     Args:
-        num_slots: how many blocks; pages are taken from the system where they are first used.
-        block_bytes: bytes of one.
+        memory: a slot for each block.
     """
 
-    def __init__(self, num_slots: int, block_bytes: int) -> None:
-        self.memory = Memory.of(HostArena(num_slots, block_bytes))
-        self.num_slots = num_slots
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.num_slots = num_slots = len(memory.slots)
         self._free = list(range(num_slots - 1, -1, -1))
         self._is_closed = False
         self._changed = threading.Condition()
@@ -83,9 +95,11 @@ class StorePort:
 
     Args:
         store: slots of `slot_bytes`.
-        memory: the tiers in memory, the pool among them.
-        slot_bytes: bytes of a block with its padding.
+        memory: the tiers in memory, without the pool.
+        slot_bytes, block_bytes: of a block with its padding and without.
         staging_bytes: of blocks that are staged at once.
+        read_pool: copies blocks out of the pool; used by `stage` only.
+        allocate: makes staging memory.
     """
 
     def __init__(
@@ -93,13 +107,16 @@ class StorePort:
         store: BlockStore,
         memory: Mapping[TierName, Memory],
         slot_bytes: int,
+        block_bytes: int,
         staging_bytes: int,
+        read_pool: CopyPool,
+        allocate: Allocate = allocate,
     ) -> None:
         self.store = store
         self._memory = memory
-        self._slot_bytes = slot_bytes
-        self._block_bytes = memory[GPU].rows.shape[1]
-        self._staging = Staging(max(1, -(-staging_bytes // self._block_bytes)), self._block_bytes)
+        self._slot_bytes, self._block_bytes = slot_bytes, block_bytes
+        self._read_pool, self._allocate = read_pool, allocate
+        self._staging = Staging(allocate(max(1, -(-staging_bytes // block_bytes)), block_bytes))
         self._staged: dict[int, int] = {}
         self._wanted: set[int] = set()
         self._lock = threading.Lock()
@@ -119,7 +136,8 @@ class StorePort:
         slots = self._staging.take(len(pooled))
         if slots is None:
             return None
-        copy_rows(self._memory[GPU], [m.source_slot for m in pooled], self._staging.memory, slots)
+        if pooled:
+            self._read_pool(pooled, self._staging.memory, slots)
         tickets = [move.ticket for move in pooled]
         self._staged |= zip(tickets, slots, strict=True)
         return tickets
@@ -167,15 +185,17 @@ class StorePort:
             self._wanted.difference_update(claimed)
         return claimed
 
-    def reader(self, batch_bytes: int) -> Callable[[list[Move]], list[Answer]]:
-        """What one thread reads its batches with."""
+    def reader(
+        self, batch_bytes: int, write_pool: CopyPool
+    ) -> Callable[[list[Move]], list[Answer]]:
+        """What one thread reads its batches with; `write_pool` copies what has arrived."""
         count = max(1, batch_bytes // self._slot_bytes)
-        staging = Memory.of(HostArena(count, self._block_bytes))
+        staging = self._allocate(count, self._block_bytes)
 
         def read(moves: list[Move]) -> list[Answer]:
             answers = dict.fromkeys((move.ticket for move in moves), _LATE)
             for batch in _distinct([move for move in moves if self._is_wanted(move)]):
-                answers |= self._read(batch, staging)
+                answers |= self._read(batch, staging, write_pool)
             return [answers[move.ticket] for move in moves]
 
         return read
@@ -183,7 +203,7 @@ class StorePort:
     def _is_wanted(self, move: Move) -> bool:
         return move.destination is not GPU or move.ticket in self._wanted
 
-    def _read(self, batch: list[Move], staging: Memory) -> dict[int, Answer]:
+    def _read(self, batch: list[Move], staging: Memory, write_pool: CopyPool) -> dict[int, Answer]:
         """Blocks of the pool are read into staging memory and copied when they are complete."""
         reads = []
         for i, move in enumerate(batch):
@@ -199,8 +219,8 @@ class StorePort:
         answers = {m.ticket: _answer(o) for m, o in zip(batch, outcomes, strict=True)}
         answers |= dict.fromkeys(pooled.keys() - set(landing), _LATE)
         arrived = [pooled[ticket] for ticket in landing if answers[ticket] is None]
-        slots = [batch[i].destination_slot for i in arrived]
-        copy_rows(staging, arrived, self._memory[GPU], slots)
+        if arrived:
+            write_pool([batch[i] for i in arrived], staging, arrived)
         return answers
 
     def close(self) -> None:
