@@ -10,6 +10,7 @@
     + ConflictError         it cannot be done as things stand (with the numbers)
     + NotFoundError         it names something that is not there
   - EngineDeadError         the engine process ended; nothing more will be answered
+  - DeviceError             the GPU failed; this process can do nothing more with it
 
 A sick tier is none of these: it is a miss, counted, and the block is recomputed.
 """
@@ -79,3 +80,22 @@ class NotFoundError(RequestError):
 
 class EngineDeadError(TierkvError):
     """The engine process is gone; the message carries its last words."""
+
+
+class DeviceError(TierkvError):
+    """The GPU refused or failed.
+
+    Args:
+        doing: what was being done.
+        reason: the driver's words.
+    """
+
+    def __init__(self, doing: str, reason: object) -> None:
+        self.doing, self.reason = doing, str(reason)
+        super().__init__(
+            f"the GPU failed while it was to {doing} ({self.reason}); nothing more can be done on"
+            " it in this process: restart the engine"
+        )
+
+    def __reduce__(self) -> tuple[type[DeviceError], tuple[str, str]]:
+        return type(self), (self.doing, self.reason)

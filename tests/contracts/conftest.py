@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from mover_worlds import EVEN, GatedStore, ThreadWorld, mem
+from mover_worlds import EVEN, CudaWorld, GatedStore, ThreadWorld, mem
 
 from tierkv.cache.layout import KVLayout
 
 
-@pytest.fixture
-def worlds() -> Iterator[Callable[..., ThreadWorld]]:
-    """Makes worlds with threads; closed at the end."""
+@pytest.fixture(params=[ThreadWorld, CudaWorld])
+def worlds(request: pytest.FixtureRequest) -> Iterator[Callable[..., ThreadWorld]]:
+    """Makes worlds with threads, whose pool is in memory or on a fake GPU; closed at the end."""
     made: list[ThreadWorld] = []
 
     def make(*args: object, **options: object) -> ThreadWorld:
-        made.append(ThreadWorld(*args, **options))  # type: ignore[arg-type]
+        made.append(request.param(*args, **options))
         return made[-1]
 
     yield make

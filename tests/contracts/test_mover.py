@@ -11,16 +11,19 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from fake_gpu import FakeGpu
 from mover_worlds import (
     CPU,
     EVEN,
     EXPECTED,
     GPU,
+    LARGE,
     NVME,
     ODD,
     PATIENCE_S,
     SLOTS,
     AnsweringStore,
+    CudaWorld,
     LedgerWorld,
     Model,
     ThreadWorld,
@@ -50,6 +53,13 @@ def nvme(path: Path, layout: KVLayout) -> BlockStore:
     return open_nvme(path / "store", SLOTS, layout.slot_bytes)
 
 
+def half_pinned() -> FakeGpu:
+    """All but the arena's memory can be registered, and 9 slots of that."""
+    buffers, staging, readers = 5 * 2 * 2, 8, 2 * 4
+    slots = buffers + staging + readers + 9
+    return FakeGpu(random.randrange(1 << 32), register_bytes=slots * EVEN.slot_bytes)
+
+
 MAKERS: dict[str, Callable[[Path], World | SimWorld]] = {
     "memory": lambda path: ThreadWorld(EVEN, mem()),
     "memory, staged": lambda path: ThreadWorld(ODD, mem(ODD)),
@@ -61,6 +71,14 @@ MAKERS: dict[str, Callable[[Path], World | SimWorld]] = {
     "no arena": lambda path: ThreadWorld(EVEN, mem(), has_arena=False),
     "no arena, staged": lambda path: ThreadWorld(ODD, mem(ODD), has_arena=False),
     "no store": lambda path: ThreadWorld(ODD),
+    "gpu": lambda path: CudaWorld(EVEN, mem(), sizes=LARGE),
+    "gpu, gathered": lambda path: CudaWorld(ODD, mem(ODD)),
+    "gpu, one by one": lambda path: CudaWorld(
+        ODD, mem(ODD), copy_bytes=1, write_bytes=1, read_bytes=1
+    ),
+    "gpu, half is pinned": lambda path: CudaWorld(EVEN, mem(), gpu=half_pinned(), sizes=LARGE),
+    "gpu, no arena": lambda path: CudaWorld(EVEN, nvme(path, EVEN), has_arena=False, sizes=LARGE),
+    "gpu, no store": lambda path: CudaWorld(ODD),
     "ledger": lambda path: LedgerWorld(is_eager=False),
     "eager ledger": lambda path: LedgerWorld(is_eager=True),
     "virtual time": lambda path: SimWorld(),

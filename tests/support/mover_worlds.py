@@ -10,11 +10,15 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
+from fake_gpu import FakeGpu
 from ledger import Ledger, ManualClock
 from ledger_mover import LedgerMover
 from store_blocks import key_of, payload_of, read_back
 
+from tierkv.cache.cuda.lanes import LaneSizes
+from tierkv.cache.cuda.mover import CudaMover
 from tierkv.cache.layout import KVLayout
+from tierkv.cache.link_mover import LinkMover
 from tierkv.cache.mover import ThreadMover
 from tierkv.cache.pools import GpuPool
 from tierkv.protocols import Mover
@@ -29,6 +33,8 @@ SLOTS = 24
 EVEN = KVLayout(2, 2, 32, 16, "bfloat16")  # 8192 bytes: a slot's size
 ODD = KVLayout(2, 1, 24, 16, "float32")  # 6144 bytes: padded, so staged
 PATIENCE_S = 60.0
+SMALL = LaneSizes(buffer_bytes=3 * 8192)  # blocks are gathered, a few at once
+LARGE = LaneSizes(direct_bytes=0, buffer_bytes=2 * 8192)  # each block is a copy
 EXPECTED = {
     Cause.NOT_FOUND: MoveFailure.LOST,
     Cause.SHORT_READ: MoveFailure.LOST,
@@ -46,6 +52,8 @@ payload = lru_cache(maxsize=4096)(payload_of)
 class ThreadWorld:
     """A `ThreadMover` and its tiers, whose slots hold numbered blocks."""
 
+    mover: LinkMover
+
     def __init__(
         self,
         layout: KVLayout = EVEN,
@@ -57,8 +65,11 @@ class ThreadWorld:
         self.layout, self.store = layout, store
         self.pool = GpuPool(layout, SLOTS, "cpu")
         self.arena = HostArena(SLOTS, layout.block_bytes) if has_arena else None
-        self.mover = ThreadMover(self.pool, self.arena, store, **options)  # type: ignore[arg-type]
+        self.mover = self._make(options)
         self.tiers = [GPU, *[CPU] * has_arena, *[NVME] * (store is not None)]
+
+    def _make(self, options: dict[str, float]) -> LinkMover:
+        return ThreadMover(self.pool, self.arena, self.store, **options)  # type: ignore[arg-type]
 
     def fill(self, tier: TierName, slot: int, number: int) -> None:
         data = payload(number, self.layout.block_bytes)
@@ -89,6 +100,46 @@ class ThreadWorld:
         self.mover.close()
         if self.store is not None:
             self.store.close()
+
+
+class CudaWorld(ThreadWorld):
+    """A `CudaMover` on a fake GPU, whose compute stream writes the blocks of the pool."""
+
+    def __init__(
+        self,
+        layout: KVLayout = EVEN,
+        store: BlockStore | None = None,
+        *,
+        gpu: FakeGpu | None = None,
+        sizes: LaneSizes = SMALL,
+        has_arena: bool = True,
+        **options: float,
+    ) -> None:
+        self.gpu = gpu or FakeGpu(random.randrange(1 << 32))
+        self.sizes = sizes
+        super().__init__(layout, store, has_arena=has_arena, **options)
+
+    def _make(self, options: dict[str, float]) -> LinkMover:
+        self.gpu.adopt(self.pool.tensor)
+        tiers = self.pool, self.arena, self.store
+        size = self.layout.slot_bytes
+        less = {"staging_bytes": 64 << 10, "read_bytes": 4 * size, "piece_bytes": 3 * size}
+        more = {**less, **options}
+        return CudaMover(*tiers, device=self.gpu, sizes=self.sizes, **more)  # type: ignore[arg-type]
+
+    def fill(self, tier: TierName, slot: int, number: int) -> None:
+        if tier is GPU:
+            self.gpu.launch(lambda: super(CudaWorld, self).fill(tier, slot, number))
+        else:
+            super().fill(tier, slot, number)
+
+    def holds(self, tier: TierName, slot: int, number: int) -> bool:
+        self.gpu.synchronize(self.gpu.record(self.gpu.compute))
+        return super().holds(tier, slot, number)
+
+    def close(self) -> None:
+        super().close()
+        self.gpu.close()
 
 
 class LedgerWorld:

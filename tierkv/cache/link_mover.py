@@ -148,6 +148,9 @@ class LinkMover:
             raise InvariantError("there is no store")
         return self._port
 
+    def warm_up(self, timeout_s: float) -> None:
+        """Return when moves are as fast as they will be, after at most that long."""
+
     def close(self) -> None:
         for link in self._links.values():
             link.close()  # the one that is fed closes when its feeder has ended

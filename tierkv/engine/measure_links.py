@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierkv.cache.layout import KVLayout
-from tierkv.cache.mover import ThreadMover
+from tierkv.cache.link_mover import LinkMover
 from tierkv.cache.pools import GpuPool
+from tierkv.engine.tiers import make_mover
 from tierkv.errors import TierkvError
 from tierkv.storage.arena import HostArena
 from tierkv.storage.nvme_store import NvmeStore
@@ -64,8 +65,9 @@ def measure_links(layout: KVLayout, device: str, folder: Path | None) -> LinkRat
             root, capacity = Path(stack.enter_context(inner)), 2 * count * layout.slot_bytes
             store = open_store(root, "calibrate", layout.slot_bytes, capacity)
             stack.callback(store.close)
-        mover = ThreadMover(pool, arena, store)
+        mover = make_mover(pool, arena, store)
         stack.callback(mover.close)
+        mover.warm_up(_WAIT_S)
         return _rates(_Link(mover, count, layout.block_bytes), store)
 
 
@@ -84,7 +86,7 @@ def _rates(link: _Link, store: NvmeStore | None) -> LinkRates:
 class _Link:
     """Drives the mover."""
 
-    def __init__(self, mover: ThreadMover, count: int, block_bytes: int) -> None:
+    def __init__(self, mover: LinkMover, count: int, block_bytes: int) -> None:
         self._mover = mover
         self._count = count
         self._bytes = block_bytes

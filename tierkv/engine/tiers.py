@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tierkv.cache.layout import KVLayout
+from tierkv.cache.link_mover import LinkMover
 from tierkv.cache.lower_tiers import MoveLimits
 from tierkv.cache.mover import ThreadMover
 from tierkv.cache.pools import GpuPool, available_memory
@@ -146,7 +147,7 @@ def _setup(
         capacities[NVME] = store.capacity
     specs = lower_specs(config, capacities)
     guarded = QuarantinedStore(store, time.monotonic) if store is not None else None
-    mover = ThreadMover(pool, arena, guarded)
+    mover = make_mover(pool, arena, guarded)
     return LowerTierSetup(
         specs=specs,
         mover=mover,
@@ -161,7 +162,16 @@ def _setup(
     )
 
 
-def _closer(mover: ThreadMover, store: BlockStore | None) -> Callable[[], None]:
+def make_mover(pool: GpuPool, arena: HostArena | None, store: BlockStore | None) -> LinkMover:
+    """The mover for where the pool is."""
+    if pool.device.type == "cpu":
+        return ThreadMover(pool, arena, store)
+    from tierkv.cache.cuda.mover import CudaMover
+
+    return CudaMover(pool, arena, store)
+
+
+def _closer(mover: LinkMover, store: BlockStore | None) -> Callable[[], None]:
     owner = os.getpid()
 
     def close() -> None:

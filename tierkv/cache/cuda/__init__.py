@@ -1,0 +1,1 @@
+"""Moves between a pool on a GPU and the tiers below it."""
