@@ -9,14 +9,18 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from checked_mover import CheckedMover
+from fake_gpu import FakeGpu
 from tiny_models import VOCAB_SIZE, save_model
 
 import tierkv.engine.tiers as tiers
+from tierkv.cache.cuda.mover import CudaMover
+from tierkv.cache.link_mover import LinkMover
 from tierkv.cache.mover import ThreadMover
 from tierkv.config import EngineConfig
 from tierkv.engine.core import EngineCore, EngineRequest
@@ -139,6 +143,13 @@ def expected(model: Path) -> dict[int, list[list[int]]]:
     return found
 
 
+def on_fake_gpu(pool: Any, arena: Any, store: Any) -> CudaMover:
+    """The mover of a pool on a GPU, which copies some time later."""
+    gpu = FakeGpu(random.randrange(1 << 32))
+    gpu.adopt(pool.tensor)
+    return CudaMover(pool, arena, store, device=gpu, piece_bytes=20 * 4096)
+
+
 class Totals:
     """What happened in all storms of this module together."""
 
@@ -147,14 +158,20 @@ class Totals:
 
 
 @pytest.mark.parametrize(
-    "setting",
+    ("setting", "make"),
     [
-        *(pytest.param(s, id=f"pairwise-{i}") for i, s in enumerate(PAIRWISE)),
-        *(pytest.param(s, id=f"full-{i}", marks=pytest.mark.full) for i, s in enumerate(FULL)),
+        *(pytest.param(s, ThreadMover, id=f"pairwise-{i}") for i, s in enumerate(PAIRWISE)),
+        *(pytest.param(s, on_fake_gpu, id=f"gpu-{i}") for i, s in enumerate(PAIRWISE[:3])),
+        *(
+            pytest.param(s, make, id=f"full-{make.__name__}-{i}", marks=pytest.mark.full)
+            for i, s in enumerate(FULL)
+            for make in (ThreadMover, on_fake_gpu)
+        ),
     ],
 )
 def test_storm(
     setting: dict[str, str],
+    make: Callable[..., LinkMover],
     model: Path,
     expected: dict[int, list[list[int]]],
     tmp_path: Path,
@@ -163,10 +180,10 @@ def test_storm(
     movers: list[CheckedMover] = []
 
     def checked(pool: Any, arena: Any, store: Any) -> CheckedMover:
-        movers.append(CheckedMover(ThreadMover(pool, arena, store), pool, arena, store))
+        movers.append(CheckedMover(make(pool, arena, store), pool, arena, store))
         return movers[-1]
 
-    monkeypatch.setattr(tiers, "ThreadMover", checked)
+    monkeypatch.setattr(tiers, "make_mover", checked)
     seed = sum(map(len, setting.values())) % 3
     core = engine(
         model,

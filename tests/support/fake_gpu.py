@@ -48,7 +48,7 @@ class FakeGpu:
         register_bytes: host memory that can be registered; None for any.
 
     Attributes:
-        compute: the stream of kernels, of every thread.
+        streams: all; compute: that of kernels, of every thread.
         ranges: registered host memory, address to bytes.
         calls: how often each kind of copy was issued.
         slow_bytes, may_register: ranges of this size and above wait for the event.
@@ -58,7 +58,7 @@ class FakeGpu:
         self._random = random.Random(seed)
         self._register_bytes = register_bytes
         self._on_device: list[Tensor] = []
-        self._streams: list[FakeStream] = []
+        self.streams: list[FakeStream] = []
         self._failure: str | None = None
         self._is_closed = False
         self._changed = threading.Condition()
@@ -116,8 +116,8 @@ class FakeGpu:
 
     def new_stream(self) -> FakeStream:
         with self._changed:
-            self._streams.append(FakeStream())
-            return self._streams[-1]
+            self.streams.append(FakeStream())
+            return self.streams[-1]
 
     def compute_stream(self) -> FakeStream:
         return self.compute
@@ -224,7 +224,7 @@ class FakeGpu:
         """Streams whose first piece of work may be done."""
         return [
             stream
-            for stream in self._streams
+            for stream in self.streams
             if stream.work and not stream.is_held and _may_go_on(stream.work[0])
         ]
 

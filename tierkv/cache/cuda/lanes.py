@@ -125,10 +125,14 @@ class Lane:
         block_bytes = pool.shape[1]
         self._is_small = block_bytes < sizes.direct_bytes
         self._buffer_slots = max(1, sizes.buffer_bytes // block_bytes)
-        self._buffers = [
-            Buffer(device, self._buffer_slots, block_bytes, self._is_small)
-            for _ in range(sizes.num_buffers)
-        ]
+        self._buffers: list[Buffer] = []
+        try:
+            for _ in range(sizes.num_buffers):
+                buffer = Buffer(device, self._buffer_slots, block_bytes, self._is_small)
+                self._buffers.append(buffer)
+        except BaseException:
+            self.close()
+            raise
         self._idle = list(self._buffers)
 
     def close(self) -> None:

@@ -105,21 +105,31 @@ class CudaMover(LinkMover):
         self._pinned: list[PinnedMemory] = []
         self._memory: dict[TierName, Memory] = {}
         ops.get_backend()  # compiled now rather than by the first move
-        if arena is not None:
-            self._arena = self._memory[CPU] = PinnedMemory(
-                self._device, arena, "the CPU tier", piece_bytes
-            )
-            self._connect("down", [(GPU, CPU)], copy_bytes, self._copies(DownLane))
-            self._connect("up", [(CPU, GPU)], copy_bytes, self._copies(UpLane))
-        if store is not None:
-            read, writes = self._lane(DownLane), [self._lane(UpLane) for _ in range(num_readers)]
-            sizes_of = self._slot_bytes, pool.block_bytes, staging_bytes
-            port = StorePort(store, self._memory, *sizes_of, read.copy, self._allocate)
-            copies = [lane.copy for lane in writes]
-            self._connect_store(port, [GPU, *self._memory], write_bytes, read_bytes, copies)
+        try:
+            if arena is not None:
+                self._connect_arena(arena, copy_bytes)
+            if store is not None:
+                copies = [self._lane(UpLane).copy for _ in range(num_readers)]
+                port = self._make_port(store, staging_bytes)
+                tiers = [GPU, *self._memory]
+                self._connect_store(port, tiers, write_bytes, read_bytes, copies)
+        except BaseException:
+            self._unpin()
+            raise
         if arena is not None:
             self._pin(self._arena)  # last: it may take all that can be had
         self._start()
+
+    def _connect_arena(self, arena: HostArena, copy_bytes: int) -> None:
+        self._arena = PinnedMemory(self._device, arena, "the CPU tier", self._piece_bytes)
+        self._memory[CPU] = self._arena
+        self._connect("down", [(GPU, CPU)], copy_bytes, self._copies(DownLane))
+        self._connect("up", [(CPU, GPU)], copy_bytes, self._copies(UpLane))
+
+    def _make_port(self, store: BlockStore, staging_bytes: int) -> StorePort:
+        sizes = self._slot_bytes, self._pool.shape[1], staging_bytes
+        read = self._lane(DownLane).copy
+        return StorePort(store, self._memory, *sizes, read, self._allocate)
 
     def _copies(self, kind: type[Lane]) -> Loop:
         return partial(self._stream, self._lane(kind))
@@ -165,16 +175,18 @@ class CudaMover(LinkMover):
 
     def close(self) -> None:
         super().close()
-        kept: list[PinnedMemory | Lane] = [*self._lanes, *self._pinned]
-        self._lanes, self._pinned = [], []
         if self._join(0.0):
-            _left_behind.extend(kept)
-            return
-        for one in kept:
-            if isinstance(one, PinnedMemory):
-                one.close(_UNPIN_S)
-            else:
-                one.close()
+            _left_behind.extend([*self._lanes, *self._pinned])
+            self._lanes, self._pinned = [], []
+        self._unpin()
+
+    def _unpin(self) -> None:
+        """Give all registered memory back; no copy is under way."""
+        for lane in self._lanes:
+            lane.close()
+        for memory in self._pinned:
+            memory.close(_UNPIN_S)
+        self._lanes, self._pinned = [], []
 
     # ------------------------------------------------------------------ the threads' side
 
