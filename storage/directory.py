@@ -94,7 +94,7 @@ def open_directory(path: Path, spec: StoreSpec, open_io: OpenIo) -> OpenDirector
         try:
             manifest = _adopt(path, spec)
             io = open_io(path / DATA_NAME, spec.data_bytes)
-        except OSError:
+        except BaseException:
             lock.release()
             raise
     except OSError as error:

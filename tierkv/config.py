@@ -102,6 +102,11 @@ class EngineConfig:
     cpu_cache_size: int | str | None = option(None, "bytes of the CPU tier, e.g. 16GiB")
     nvme_cache_size: int | str | None = option(None, "bytes of the NVMe tier, e.g. 200GiB")
     nvme_path: str | None = option(None, "directory of the NVMe tier")
+    nvme_io: str = option(
+        "posix",
+        "what reads and writes the NVMe tier; kvikio needs CUDA",
+        choices=("posix", "kvikio"),
+    )
     admission_policy: str = option(
         "write-through", "what enters a lower tier; for all, or cpu=write-through,nvme=second-hit"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tierkv.engine.core import LowerTierSetup
 from tierkv.engine.cost import MeasuredCost
 from tierkv.engine.tiers import TierRequest, default_path, open_tiers, parse_offload
 from tierkv.errors import ConfigError
+from tierkv.storage.io import IoEngine
 from tierkv.storage.lock import holder
 from tierkv.types import TierName
 
@@ -234,6 +236,31 @@ def test_a_failure_after_the_store_was_opened_lets_it_go(
     with pytest.raises(ConfigError) as caught:
         opened(layout, offload="nvme=64MiB", nvme_path=str(tmp_path), **options)
     assert caught.value.option == option
+    assert holder(store_of(tmp_path)) == "nobody"
+
+
+@pytest.mark.parametrize("offload", ["auto", "nvme", "cpu,nvme"])
+def test_kvikio_must_be_there_if_it_is_named(
+    layout: KVLayout, tmp_path: Path, offload: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "kvikio", None)
+    options = {"nvme_path": str(tmp_path), "nvme_cache_size": "64MiB", "cpu_cache_size": "1MiB"}
+    with pytest.raises(ConfigError, match=r"cannot be imported.*use posix") as caught:
+        opened(layout, offload=offload, nvme_io="kvikio", **options)
+    assert (caught.value.option, list(tmp_path.iterdir())) == ("nvme_io", [])
+    with pytest.raises(ConfigError, match="choose one of posix, kvikio"):
+        EngineConfig(nvme_io="aio")
+
+
+def test_an_engine_that_does_not_work_lets_the_store_go(
+    layout: KVLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, num_bytes: int) -> IoEngine:
+        raise ConfigError("nvme_io", "kvikio", "does not work here")
+
+    monkeypatch.setattr(tiers, "io_engine", lambda config: refuse)
+    with pytest.raises(ConfigError, match="does not work here"):
+        opened(layout, offload="nvme=64MiB", nvme_path=str(tmp_path))
     assert holder(store_of(tmp_path)) == "nobody"
 
 

@@ -24,7 +24,6 @@ from tierkv.storage.faults import FaultPlan, FaultyIo
 from tierkv.storage.io import IoEngine, OpenIo
 from tierkv.storage.io_posix import PosixIo
 from tierkv.storage.quarantine import QuarantinedStore, QuarantineLimits
-from tierkv.storage.root import open_store
 
 LIMITS = QuarantineLimits(threshold=2, first_pause_s=0.05, max_pause_s=0.1, slow_s=0.4)
 MOST_STEPS = 20_000
@@ -118,7 +117,7 @@ class Ward:
             self.guards.append(QuarantinedStore(store, now, LIMITS))
             return self.guards[-1]
 
-        monkeypatch.setattr(tiers, "open_store", partial(open_store, open_io=open_io))
+        monkeypatch.setattr(tiers, "io_engine", lambda config: open_io)
         monkeypatch.setattr(tiers, "QuarantinedStore", guard)
         monkeypatch.setattr(tiers, "ThreadMover", partial(ThreadMover, close_timeout_s=0.3))
         monkeypatch.setattr(tiers, "_CLOSE_S", 0.3)

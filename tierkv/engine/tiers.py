@@ -24,6 +24,9 @@ from tierkv.errors import ConfigError
 from tierkv.storage.arena import HostArena
 from tierkv.storage.base import BlockStore
 from tierkv.storage.directory import disk_bytes
+from tierkv.storage.io import OpenIo
+from tierkv.storage.io_kvikio import KvikioIo, load_kvikio
+from tierkv.storage.io_posix import PosixIo
 from tierkv.storage.nvme_store import NvmeStore
 from tierkv.storage.quarantine import QuarantinedStore
 from tierkv.storage.root import list_stores, open_store
@@ -118,7 +121,8 @@ def open_tiers(
     if CPU in requests:
         arena = _attempt(config, lambda: _open_arena(config, requests[CPU], layout))
     if NVME in requests:
-        store = _attempt(config, lambda: _open_store(config, requests[NVME], layout, fingerprint))
+        arguments = requests[NVME], layout, fingerprint, io_engine(config)
+        store = _attempt(config, lambda: _open_store(config, *arguments))
     if arena is None and store is None:
         if config.oversubscribe:
             raise ConfigError("oversubscribe", True, "needs a tier to swap to, and there is none")
@@ -216,16 +220,33 @@ def _open_arena(config: EngineConfig, request: TierRequest, layout: KVLayout) ->
 
 
 def _open_store(
-    config: EngineConfig, request: TierRequest, layout: KVLayout, fingerprint: bytes
+    config: EngineConfig,
+    request: TierRequest,
+    layout: KVLayout,
+    fingerprint: bytes,
+    open_io: OpenIo,
 ) -> NvmeStore:
     path = store_path(config, request)
     asked = request.num_bytes or config.nvme_cache_size
     name = f"{fingerprint.hex()}-{layout.fingerprint}"
     if asked:
-        return open_store(path, name, layout.slot_bytes, int(asked))
+        return open_store(path, name, layout.slot_bytes, int(asked), open_io=open_io)
     room = _disk_room(path)
     own = min(_NVME_DEFAULT_BYTES, int(room * _NVME_SHARE))
-    return open_store(path, name, layout.slot_bytes, int(room * _ALL_NVME_SHARE), own)
+    most = int(room * _ALL_NVME_SHARE)
+    return open_store(path, name, layout.slot_bytes, most, own, open_io)
+
+
+def io_engine(config: EngineConfig) -> OpenIo:
+    """What `nvme_io` names.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if config.nvme_io == "posix":
+        return PosixIo
+    load_kvikio()
+    return KvikioIo
 
 
 def _describe(layout: KVLayout, arena: HostArena | None, store: NvmeStore | None) -> list[str]:
