@@ -7,8 +7,10 @@
                        a power of two
 
 The call of cuda-bindings is the same in versions 12 and 13; version 12 answers with one number
-more. The host has no copy of its own of a source: all are read in stream order. Events sleep until
-they have happened (cudaEventBlockingSync) and keep time.
+more. Sources are read in stream order. A batch takes the addresses as they are, so it is for
+devices that read registered memory at its own address (CanUseHostPointerForRegisteredMem); single
+copies find out by themselves. Events sleep until they have happened (cudaEventBlockingSync) and
+keep time.
 
 Not yet run on a GPU.
 """
@@ -51,7 +53,7 @@ class TorchDevice:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._runtime = _load_runtime()
+        self._runtime = _load_runtime(device.index or 0)
 
     @property
     def has_batches(self) -> bool:
@@ -194,12 +196,17 @@ def _words(rows: Tensor) -> Tensor:
     return rows.view(torch.int64) if whole else rows
 
 
-def _load_runtime() -> Any:
-    """cuda-bindings, if it is there and knows batches of copies."""
+def _load_runtime(index: int) -> Any:
+    """cuda-bindings, if it is there and device `index` copies in batches."""
     try:
         runtime = importlib.import_module("cuda.bindings.runtime")
-    except ImportError as error:
+        attribute = runtime.cudaDeviceAttr.cudaDevAttrCanUseHostPointerForRegisteredMem
+        status, is_same = runtime.cudaDeviceGetAttribute(attribute, index)
+    except (ImportError, RuntimeError) as error:
         logger.info("copies are issued one by one: %s (pip install cuda-bindings)", error)
+        return None
+    if status != runtime.cudaError_t.cudaSuccess or not is_same:
+        logger.info("copies are issued one by one: %s, same addresses: %s", status.name, is_same)
         return None
     return runtime if hasattr(runtime, "cudaMemcpyBatchAsync") else None
 
