@@ -53,7 +53,7 @@ def nvme(path: Path, layout: KVLayout) -> BlockStore:
     return open_nvme(path / "store", SLOTS, layout.slot_bytes)
 
 
-def half_pinned() -> FakeGpu:
+def half_registered() -> FakeGpu:
     """All but the arena's memory can be registered, and 9 slots of that."""
     buffers, staging, readers = 5 * 2 * 2, 8, 2 * 4
     slots = buffers + staging + readers + 9
@@ -76,7 +76,9 @@ MAKERS: dict[str, Callable[[Path], World | SimWorld]] = {
     "gpu, one by one": lambda path: CudaWorld(
         ODD, mem(ODD), copy_bytes=1, write_bytes=1, read_bytes=1
     ),
-    "gpu, half is pinned": lambda path: CudaWorld(EVEN, mem(), gpu=half_pinned(), sizes=LARGE),
+    "gpu, half is registered": lambda path: CudaWorld(
+        EVEN, mem(), gpu=half_registered(), sizes=LARGE
+    ),
     "gpu, no arena": lambda path: CudaWorld(EVEN, nvme(path, EVEN), has_arena=False, sizes=LARGE),
     "gpu, no store": lambda path: CudaWorld(ODD),
     "ledger": lambda path: LedgerWorld(is_eager=False),

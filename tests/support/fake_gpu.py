@@ -194,6 +194,7 @@ class FakeGpu:
         self._check_alive()
         if self.slow_bytes is not None and num_bytes >= self.slow_bytes:
             assert self.may_register.wait(PATIENCE_S)
+            self._check_alive()
         assert address % 4096 == 0 and num_bytes > 0
         for start, size in self.ranges.items():
             assert address + num_bytes <= start or start + size <= address, "registered already"

@@ -80,6 +80,27 @@ def test_a_gpu_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPat
     world.gpu.close()
 
 
+def test_there_is_no_mover_for_a_gpu_that_has_failed() -> None:
+    gpu = FakeGpu()
+    gpu.fail("unspecified launch failure")
+    with pytest.raises(DeviceError, match="unspecified launch failure"):
+        CudaWorld(ODD, gpu=gpu)
+    gpu.close()
+
+
+def test_a_gpu_that_fails_while_memory_is_registered(caplog) -> None:
+    gpu = FakeGpu()
+    gpu.slow_bytes = 5 * ODD.slot_bytes
+    world = CudaWorld(ODD, gpu=gpu, piece_bytes=5 * ODD.slot_bytes)
+    gpu.fail("unspecified launch failure")
+    gpu.may_register.set()
+    world.mover.warm_up(PATIENCE_S)
+    with pytest.raises(DeviceError):
+        world.mover.begin([move(1, 1, (GPU, 0), (CPU, 1))])
+    world.close()
+    assert "unspecified launch failure" in caplog.text
+
+
 def test_the_error_crosses_processes() -> None:
     error = pickle.loads(pickle.dumps(DeviceError("copy blocks", "no reason")))
     assert str(error).startswith("the GPU failed while it was to copy blocks (no reason)")

@@ -14,16 +14,17 @@ to others before.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tierkv.cache.cuda.pinned import PinnedMemory
+from tierkv.cache.cuda.registered import RegisteredMemory
 from tierkv.cache.cuda.streams import Device, Event
 from tierkv.cache.links import Memory, copy_rows
-from tierkv.errors import ConfigError
+from tierkv.errors import ConfigError, DeviceError
 from tierkv.storage.arena import HostArena
 from tierkv.types import Move
 
@@ -69,7 +70,7 @@ class Part:
     """
 
     moves: list[Move]
-    memory: PinnedMemory
+    memory: RegisteredMemory
     slots: list[int]
     is_direct: bool
 
@@ -84,11 +85,14 @@ class Buffer:
 
     def __init__(self, device: Device, num_slots: int, block_bytes: int, is_small: bool) -> None:
         self._arena = HostArena(1, num_slots * block_bytes)
-        self._pinned = PinnedMemory(device, self._arena)
-        self._pinned.start()
-        self._pinned.wait()
-        if self._pinned.refusal is not None:
-            size, reason = self._arena.num_bytes, self._pinned.refusal
+        self._registered = RegisteredMemory(device, self._arena)
+        self._registered.start()
+        self._registered.wait()
+        reason = self._registered.refusal
+        if isinstance(reason, DeviceError):
+            raise reason
+        if reason is not None:
+            size = self._arena.num_bytes
             fix = f"needs {size} bytes of page-locked memory ({reason}); raise ulimit -l"
             raise ConfigError("offload", "from a GPU", fix)
         flat = self._arena.array[0, : num_slots * block_bytes]
@@ -96,17 +100,19 @@ class Buffer:
         self.on_device = device.empty(num_slots, block_bytes) if is_small else None
 
     def close(self) -> None:
-        self._pinned.close()
+        self._registered.close()
 
 
 @dataclass(slots=True)
 class Transfer:
-    """A part under way: `start` and `end` are events around its copies."""
+    """A part under way: `start` and `end` are events around its copies; `host_s` is what the CPU
+    took for its own."""
 
     part: Part
     buffer: Buffer | None
     start: Event
     end: Event
+    host_s: float
 
 
 class Lane:
@@ -140,7 +146,9 @@ class Lane:
         for buffer in self._buffers:
             buffer.close()
 
-    def parts(self, moves: list[Move], memory: PinnedMemory, slots: list[int]) -> Iterator[Part]:
+    def parts(
+        self, moves: list[Move], memory: RegisteredMemory, slots: list[int]
+    ) -> Iterator[Part]:
         """The moves, in order, in parts that can be issued.
 
         Raises:
@@ -150,7 +158,7 @@ class Lane:
         _check(slots, memory.num_slots)
         pairs = zip(moves, slots, strict=True)
         runs = itertools.groupby(
-            pairs, lambda pair: not self._is_small and memory.is_pinned(pair[1])
+            pairs, lambda pair: not self._is_small and memory.is_registered(pair[1])
         )
         for is_direct, run in runs:
             rest = list(run)
@@ -165,29 +173,38 @@ class Lane:
 
     def start(self, part: Part) -> Transfer:
         """Issue the part's copies."""
-        buffer = None if part.is_direct else self._idle.pop()
-        if buffer is not None:
+        buffer, start_s = None, time.perf_counter()
+        if not part.is_direct:
+            buffer = self._idle.pop()
             self._fill(part, buffer)
+        host_s = time.perf_counter() - start_s
         begun = [self._marks.begun[move.ticket] for move in part.moves]
         for event in dict.fromkeys(begun):
             self._device.wait(self._stream, event)
         start = self._device.record(self._stream)
         self._issue(part, buffer)
-        transfer = Transfer(part, buffer, start, self._device.record(self._stream))
+        transfer = Transfer(part, buffer, start, self._device.record(self._stream), host_s)
         self._issued(transfer)
         return transfer
 
     def finish(self, transfer: Transfer) -> float:
-        """Return when the bytes are where they belong; seconds of the device's copies."""
+        """Return when the bytes are where they belong.
+
+        Returns:
+            Seconds of the copies: the device's or the CPU's, whichever are more, because those of
+            many parts overlap.
+        """
         self._device.synchronize(transfer.end)
+        start_s = time.perf_counter()
         if transfer.buffer is not None:
             self._empty(transfer.part, transfer.buffer)
             self._idle.append(transfer.buffer)
-        return self._device.seconds_between(transfer.start, transfer.end)
+        host_s = transfer.host_s + time.perf_counter() - start_s
+        return max(host_s, self._device.seconds_between(transfer.start, transfer.end))
 
     def copy(self, moves: list[Move], memory: Memory, slots: list[int]) -> None:
         """All of them; returns when the bytes are there."""
-        assert isinstance(memory, PinnedMemory)
+        assert isinstance(memory, RegisteredMemory)
         running: deque[Transfer] = deque()
         for part in self.parts(moves, memory, slots):
             if not self.can_start(part):

@@ -32,7 +32,7 @@ from functools import partial
 import torch
 
 from tierkv.cache.cuda.lanes import DownLane, Lane, LaneSizes, Marks, Part, Transfer, UpLane
-from tierkv.cache.cuda.pinned import PIECE_BYTES, PinnedMemory
+from tierkv.cache.cuda.registered import PIECE_BYTES, RegisteredMemory
 from tierkv.cache.cuda.streams import Device, Event
 from tierkv.cache.cuda.torch_device import TorchDevice
 from tierkv.cache.link_mover import LinkMover, Loop, check_sizes
@@ -47,9 +47,9 @@ from tierkv.types import Move, MoveResult, TierName
 
 GPU, CPU = TierName.GPU, TierName.CPU
 
-_UNPIN_S = 5.0  # for a registration that is under way when the mover closes
+_UNREGISTER_S = 5.0  # for a registration that is under way when the mover closes
 
-_left_behind: list[PinnedMemory | Lane] = []
+_left_behind: list[RegisteredMemory | Lane] = []
 """Memory that a copy may still use: it is kept until the process ends."""
 
 
@@ -102,7 +102,7 @@ class CudaMover(LinkMover):
         self._piece_bytes = piece_bytes
         self._marks = Marks()
         self._lanes: list[Lane] = []
-        self._pinned: list[PinnedMemory] = []
+        self._registered: list[RegisteredMemory] = []
         self._memory: dict[TierName, Memory] = {}
         ops.get_backend()  # compiled now rather than by the first move
         try:
@@ -114,14 +114,14 @@ class CudaMover(LinkMover):
                 tiers = [GPU, *self._memory]
                 self._connect_store(port, tiers, write_bytes, read_bytes, copies)
         except BaseException:
-            self._unpin()
+            self._unregister()
             raise
         if arena is not None:
-            self._pin(self._arena)  # last: it may take all that can be had
+            self._register(self._arena)  # last: it may take all that can be had
         self._start()
 
     def _connect_arena(self, arena: HostArena, copy_bytes: int) -> None:
-        self._arena = PinnedMemory(self._device, arena, "the CPU tier", self._piece_bytes)
+        self._arena = RegisteredMemory(self._device, arena, "the CPU tier", self._piece_bytes)
         self._memory[CPU] = self._arena
         self._connect("down", [(GPU, CPU)], copy_bytes, self._copies(DownLane))
         self._connect("up", [(CPU, GPU)], copy_bytes, self._copies(UpLane))
@@ -138,15 +138,15 @@ class CudaMover(LinkMover):
         self._lanes.append(kind(self._device, self._pool, self._marks, self._sizes))
         return self._lanes[-1]
 
-    def _allocate(self, num_slots: int, block_bytes: int) -> PinnedMemory:
+    def _allocate(self, num_slots: int, block_bytes: int) -> RegisteredMemory:
         arena = HostArena(num_slots, block_bytes)
-        memory = PinnedMemory(self._device, arena, "staging memory", self._piece_bytes)
-        self._pin(memory)
+        memory = RegisteredMemory(self._device, arena, "staging memory", self._piece_bytes)
+        self._register(memory)
         memory.wait()
         return memory
 
-    def _pin(self, memory: PinnedMemory) -> None:
-        self._pinned.append(memory)
+    def _register(self, memory: RegisteredMemory) -> None:
+        self._registered.append(memory)
         memory.start()
 
     # ------------------------------------------------------------------ the engine's side
@@ -170,23 +170,23 @@ class CudaMover(LinkMover):
         return self._marks.arriving.get(ticket)
 
     def warm_up(self, timeout_s: float) -> None:
-        for memory in self._pinned:
+        for memory in self._registered:
             memory.wait(timeout_s)
 
     def close(self) -> None:
         super().close()
         if self._join(0.0):
-            _left_behind.extend([*self._lanes, *self._pinned])
-            self._lanes, self._pinned = [], []
-        self._unpin()
+            _left_behind.extend([*self._lanes, *self._registered])
+            self._lanes, self._registered = [], []
+        self._unregister()
 
-    def _unpin(self) -> None:
+    def _unregister(self) -> None:
         """Give all registered memory back; no copy is under way."""
         for lane in self._lanes:
             lane.close()
-        for memory in self._pinned:
-            memory.close(_UNPIN_S)
-        self._lanes, self._pinned = [], []
+        for memory in self._registered:
+            memory.close(_UNREGISTER_S)
+        self._lanes, self._registered = [], []
 
     # ------------------------------------------------------------------ the threads' side
 

@@ -121,18 +121,19 @@ class TorchDevice:
             return torch.empty((num_rows, num_bytes), dtype=torch.uint8, device=self.device)
 
     def register(self, address: int, num_bytes: int) -> None:
-        runtime = _cuda.cudart()
-        with _cuda.device(self.device):
+        with _doing("register host memory"), _cuda.device(self.device):
+            runtime = _cuda.cudart()
             status = runtime.cudaHostRegister(address, num_bytes, 0)
-        if status != runtime.cudaError.success:
-            raise OSError(errno.ENOMEM, f"cudaHostRegister: {runtime.cudaGetErrorString(status)}")
+            if status != runtime.cudaError.success:
+                reason = runtime.cudaGetErrorString(status)
+                raise OSError(errno.ENOMEM, f"cudaHostRegister: {reason}")
 
     def unregister(self, address: int) -> None:
-        runtime = _cuda.cudart()
-        with _cuda.device(self.device):
+        with _doing("unregister host memory"), _cuda.device(self.device):
+            runtime = _cuda.cudart()
             status = runtime.cudaHostUnregister(address)
-        if status != runtime.cudaError.success:
-            raise DeviceError("unregister host memory", runtime.cudaGetErrorString(status))
+            if status != runtime.cudaError.success:
+                raise DeviceError("unregister host memory", runtime.cudaGetErrorString(status))
 
     def _copy(
         self,

@@ -21,10 +21,10 @@ from mover_worlds import (
     move,
 )
 
-from tierkv.cache.cuda import pinned
+from tierkv.cache.cuda import registered
 from tierkv.cache.cuda.lanes import LaneSizes
 from tierkv.cache.cuda.mover import CudaMover
-from tierkv.cache.cuda.pinned import PinnedMemory
+from tierkv.cache.cuda.registered import RegisteredMemory
 from tierkv.errors import ConfigError, DeviceError
 from tierkv.storage.arena import HostArena
 
@@ -60,16 +60,16 @@ def there_and_back(world: CudaWorld, first_ticket: int = 0) -> None:
 @pytest.mark.parametrize("piece", [1, SLOT, SLOT + 4096, 3 * SLOT, 100 * SLOT])
 def test_pieces_are_whole_slots_and_cover_all(piece: int, gpu: FakeGpu) -> None:
     arena = HostArena(10, ODD.block_bytes)
-    memory = PinnedMemory(gpu, arena, piece_bytes=piece)
+    memory = RegisteredMemory(gpu, arena, piece_bytes=piece)
     memory.start()
     assert memory.wait(PATIENCE_S)
-    assert memory.num_pinned == 10 and memory.is_pinned(9)
+    assert memory.num_registered == 10 and memory.is_registered(9)
     assert sum(gpu.ranges.values()) == arena.num_bytes
     for start, size in gpu.ranges.items():
         assert (start - arena.address) % SLOT == size % SLOT == 0
         assert size <= max(piece, SLOT)
     memory.close()
-    assert gpu.ranges == {} and not memory.is_pinned(0)
+    assert gpu.ranges == {} and not memory.is_registered(0)
 
 
 @pytest.mark.parametrize("sizes", [SMALL, LARGE])
@@ -82,7 +82,7 @@ def test_no_slot_crosses_a_border(sizes: LaneSizes) -> None:
 
 
 def test_a_slot_across_a_border_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pinned, "slots_of_a_piece", lambda piece_bytes, stride: 1.5)
+    monkeypatch.setattr(registered, "slots_of_a_piece", lambda piece_bytes, stride: 1.5)
     world = CudaWorld(ODD, sizes=LaneSizes(direct_bytes=0, buffer_bytes=SLOT))
     world.mover.warm_up(PATIENCE_S)
     with pytest.raises(DeviceError, match="InvalidValue"):
@@ -116,7 +116,7 @@ def test_registered_slots_need_no_buffer(gpu: FakeGpu) -> None:
 
 
 def test_closing_does_not_wait_for_the_rest(gpu: FakeGpu, caplog, monkeypatch) -> None:
-    monkeypatch.setattr("tierkv.cache.cuda.mover._UNPIN_S", 0.05)
+    monkeypatch.setattr("tierkv.cache.cuda.mover._UNREGISTER_S", 0.05)
     gpu.slow_bytes = 5 * SLOT
     world = CudaWorld(ODD, gpu=gpu, piece_bytes=5 * SLOT)
     there_and_back(world)

@@ -32,7 +32,7 @@ _REFUSED = (
 )
 
 
-class PinnedMemory(Memory):
+class RegisteredMemory(Memory):
     """Blocks in host memory, registered with a device as far as it goes.
 
     Args:
@@ -42,7 +42,7 @@ class PinnedMemory(Memory):
         piece_bytes: most bytes of one registration; at least one slot is.
 
     Attributes:
-        num_pinned: slots from 0 on that the device reads and writes by itself.
+        num_registered: slots from 0 on that the device reads and writes by itself.
         refusal: why the rest is not registered, once the system has refused.
     """
 
@@ -54,20 +54,20 @@ class PinnedMemory(Memory):
         piece_bytes: int = PIECE_BYTES,
     ) -> None:
         super().__init__(arena.array, arena.block_bytes)
-        self.num_pinned = 0
-        self.refusal: OSError | None = None
+        self.num_registered = 0
+        self.refusal: OSError | DeviceError | None = None
         self._device, self._arena, self._name = device, arena, name
         self._piece_slots = slots_of_a_piece(piece_bytes, arena.stride)
-        self._registered: list[int] = []
+        self._pieces: list[int] = []
         self._is_closed = False
-        self._thread = threading.Thread(target=self._register, name="tierkv-pin", daemon=True)
+        self._thread = threading.Thread(target=self._register, name="tierkv-register", daemon=True)
 
     @property
     def num_slots(self) -> int:
         return self._arena.num_slots
 
-    def is_pinned(self, slot: int) -> bool:
-        return slot < self.num_pinned
+    def is_registered(self, slot: int) -> bool:
+        return slot < self.num_registered
 
     def start(self) -> None:
         """Begin to register, in the background."""
@@ -86,30 +86,30 @@ class PinnedMemory(Memory):
         if not self.wait(timeout_s):
             logger.warning("registering host memory is stuck; it is left behind")
             return
-        registered, self._registered, self.num_pinned = self._registered, [], 0
-        for address in registered:
+        pieces, self._pieces, self.num_registered = self._pieces, [], 0
+        for address in pieces:
             try:
                 self._device.unregister(address)
             except DeviceError as error:
-                logger.info("%d pieces of host memory stay registered: %s", len(registered), error)
+                logger.info("%d pieces of host memory stay registered: %s", len(pieces), error)
                 return
 
     def _register(self) -> None:
-        while self.num_pinned < self.num_slots and not self._is_closed:
-            count = min(self._piece_slots, self.num_slots - self.num_pinned)
-            address = self._arena.address + self.num_pinned * self._arena.stride
+        while self.num_registered < self.num_slots and not self._is_closed:
+            count = min(self._piece_slots, self.num_slots - self.num_registered)
+            address = self._arena.address + self.num_registered * self._arena.stride
             try:
                 self._device.register(address, count * self._arena.stride)
-            except OSError as error:
+            except (OSError, DeviceError) as error:
                 self._refuse(error)
                 return
-            self._registered.append(address)
-            self.num_pinned += count
+            self._pieces.append(address)
+            self.num_registered += count
 
-    def _refuse(self, error: OSError) -> None:
+    def _refuse(self, error: OSError | DeviceError) -> None:
         self.refusal = error
         if self._name is not None:
-            locked, size = self.num_pinned * self._arena.stride, self._arena.num_bytes
+            locked, size = self.num_registered * self._arena.stride, self._arena.num_bytes
             logger.warning(_REFUSED, locked, size, self._name, error)
 
 
