@@ -25,6 +25,7 @@ from tierkv.cache.mover import ThreadMover
 from tierkv.config import EngineConfig
 from tierkv.engine.core import EngineCore, EngineRequest
 from tierkv.engine.sampling_params import SamplingParams
+from tierkv.errors import DeviceError, EngineDeadError
 from tierkv.types import TierName
 
 GPU, CPU, NVME = TierName.GPU, TierName.CPU, TierName.NVME
@@ -209,6 +210,30 @@ def test_the_storms_used_every_way() -> None:
     links = [(GPU, CPU), (GPU, NVME), (CPU, GPU), (NVME, GPU), (CPU, NVME)]
     assert all(Totals.compared[link] > 0 for link in links), Totals.compared
     assert all(count > 0 for count in Totals.counts.values()), Totals.counts
+
+
+def test_a_gpu_that_fails_ends_the_engine(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[CudaMover] = []
+
+    def make(*tiers: Any) -> CudaMover:
+        made.append(on_fake_gpu(*tiers))
+        return made[-1]
+
+    monkeypatch.setattr(tiers, "make_mover", make)
+    options = {"num_gpu_blocks": 200, "offload": "cpu,nvme=64MiB", "nvme_path": str(tmp_path)}
+    core = engine(model, cpu_cache_size="1MiB", **options)
+    params = SamplingParams(temperature=0, max_tokens=8)
+    core.add_request(EngineRequest("a", list(range(80)), params))
+    core.step()
+    made[0]._device.fail("unspecified launch failure")
+    with pytest.raises(DeviceError, match=r"unspecified launch failure.*restart the engine"):
+        for _ in range(1000):
+            core.step()
+    with pytest.raises(EngineDeadError, match="unspecified launch failure"):
+        core.step()
+    core.close()
 
 
 def test_a_restart_is_warm(model: Path, tmp_path: Path) -> None:

@@ -145,6 +145,32 @@ def test_without_the_wait_bytes_are_wrong(sizes, ends: Ends, world: World, monke
         check(world(sizes), ends)
 
 
+@SIZES
+def test_moves_of_one_batch_wait_for_a_forward_each(sizes, world: World) -> None:
+    """The second of two moves that are issued together began after one more forward."""
+    made = world(sizes, num_in_flight=1)
+    for slot in range(3):
+        made.fill(GPU, slot, slot)
+    hold_copies(made.gpu)
+    waiting = made.mover._links[GPU, CPU]._waiting[0]
+    made.mover.begin([move(0, 0, (GPU, 0), (CPU, 0))])
+    until(lambda: not waiting)
+    made.mover.begin([move(1, 1, (GPU, 1), (CPU, 1))])
+    made.gpu.settle()
+    made.gpu.hold(made.gpu.compute)
+    made.fill(GPU, 2, 9)
+    made.mover.begin([move(2, 9, (GPU, 2), (CPU, 2))])
+    for stream in made.gpu.streams:
+        if stream is not made.gpu.compute:
+            made.gpu.let_go(stream)
+    until(lambda: not waiting)
+    time.sleep(0.02)
+    made.gpu.settle()
+    made.gpu.let_go(made.gpu.compute)
+    finish(made.mover, 3)
+    assert all(made.holds(CPU, slot, n) for slot, n in enumerate([0, 1, 9]))
+
+
 # ---------------------------------------------------------------------- reported when done
 
 
