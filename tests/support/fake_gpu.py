@@ -50,7 +50,7 @@ class FakeGpu:
     Attributes:
         streams: all; compute: that of kernels, of every thread.
         ranges: registered host memory, address to bytes.
-        calls: how often each kind of copy was issued.
+        calls: how often memory was registered, and each kind of copy issued.
         slow_bytes, may_register: ranges of this size and above wait for the event.
     """
 
@@ -192,6 +192,7 @@ class FakeGpu:
 
     def register(self, address: int, num_bytes: int) -> None:
         self._check_alive()
+        self.calls["register"] += 1
         if self.slow_bytes is not None and num_bytes >= self.slow_bytes:
             assert self.may_register.wait(PATIENCE_S)
             self._check_alive()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -122,6 +123,12 @@ def test_closing_does_not_wait_for_the_rest(gpu: FakeGpu, caplog, monkeypatch) -
     there_and_back(world)
     world.mover.close()
     assert "registering host memory is stuck" in caplog.text
+    num_calls = gpu.calls["register"]
+    gpu.may_register.set()
+    end = time.monotonic() + PATIENCE_S
+    while gpu.ranges and time.monotonic() < end:
+        time.sleep(0.001)
+    assert (gpu.ranges, gpu.calls["register"]) == ({}, num_calls), "it ends, and is given back"
 
 
 # ---------------------------------------------------------------------- refusals

@@ -80,19 +80,13 @@ class RegisteredMemory(Memory):
         return not self._thread.is_alive()
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Unregister; no copy uses the memory any more. What the system does not give back in
-        time stays as it is until the process ends."""
+        """Unregister; no copy uses the memory any more. A registration that is under way after
+        that long is given back when it has ended."""
         self._is_closed = True
-        if not self.wait(timeout_s):
-            logger.warning("registering host memory is stuck; it is left behind")
-            return
-        pieces, self._pieces, self.num_registered = self._pieces, [], 0
-        for address in pieces:
-            try:
-                self._device.unregister(address)
-            except DeviceError as error:
-                logger.info("%d pieces of host memory stay registered: %s", len(pieces), error)
-                return
+        if self.wait(timeout_s):
+            self._give_back()
+        else:
+            logger.warning("registering host memory is stuck; the end does not wait for it")
 
     def _register(self) -> None:
         while self.num_registered < self.num_slots and not self._is_closed:
@@ -102,9 +96,20 @@ class RegisteredMemory(Memory):
                 self._device.register(address, count * self._arena.stride)
             except (OSError, DeviceError) as error:
                 self._refuse(error)
-                return
+                break
             self._pieces.append(address)
             self.num_registered += count
+        if self._is_closed:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        pieces, self._pieces, self.num_registered = self._pieces, [], 0
+        for address in pieces:
+            try:
+                self._device.unregister(address)
+            except DeviceError as error:
+                logger.info("%d pieces of host memory stay registered: %s", len(pieces), error)
+                return
 
     def _refuse(self, error: OSError | DeviceError) -> None:
         self.refusal = error
