@@ -46,6 +46,18 @@ def parse_bytes(value: int | str, option: str) -> int:
     return size
 
 
+def parse_sizes(value: int | str, option: str) -> tuple[int, ...]:
+    """`"4,1,2"` -> `(1, 2, 4)`: distinct whole numbers in order.
+
+    Raises:
+        ConfigError: something else is in the list, or it is empty.
+    """
+    words = [word.strip() for word in str(value).split(",")]
+    if isinstance(value, bool) or not all(word.isdecimal() and int(word) for word in words):
+        raise ConfigError(option, value, "give whole numbers of at least 1, such as 1,2,4,8")
+    return tuple(sorted({int(word) for word in words}))
+
+
 def option(default: Any, help: str, **metadata: Any) -> Any:
     """A config field with the text its CLI flag shows; `choices` and `metavar` may follow."""
     return field(default=default, metadata={"help": help, **metadata})
@@ -77,6 +89,9 @@ class EngineConfig:
     dtype: str = option("auto", "weights and activations; auto is the model's own", choices=_DTYPES)
     device: str = option("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
     seed: int = option(0, "seed of dummy weights and of unseeded requests")
+    quantization: str | None = option(
+        None, "weights in fewer bits: fp8 (GPUs of compute capability 8.9 on)", choices=("fp8",)
+    )
     verify_model: bool = option(
         True, "probe 40 tokens against transformers' eager attention when loading"
     )
@@ -127,6 +142,10 @@ class EngineConfig:
 
     max_num_seqs: int = option(256, "sequences running at once, at most")
     max_num_batched_tokens: int = option(2048, "tokens in one step, at most (chunked prefill)")
+    enforce_eager: bool = option(False, "no CUDA graphs for decode steps")
+    cuda_graph_sizes: int | str | None = option(
+        None, "batch sizes to capture: 1,2,4,8, or one number, the largest; default: up to 512"
+    )
     scheduling_policy: str = option("fcfs", "order of waiting requests: fcfs, priority, lpm, fair")
     preemption_victim: str = option("latest", "whom to preempt: latest, priority, largest")
 
@@ -139,6 +158,8 @@ class EngineConfig:
         self._check_tiers()
         self._check_types()
         check_block_size(self.block_size)
+        if self.cuda_graph_sizes is not None:
+            parse_sizes(self.cuda_graph_sizes, "cuda_graph_sizes")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             fix = "must be above 0 and at most 1"
             raise ConfigError("gpu_memory_utilization", self.gpu_memory_utilization, fix)

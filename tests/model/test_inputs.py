@@ -68,7 +68,7 @@ def test_geometry_is_what_build_metadata_says(block_size: int) -> None:
             blocks = generator.sample(range(200), need + generator.randrange(3))
             seq = make_sequence(seq_id + 10 * only_decode, list(range(100)), blocks)
             rows.append(PlanRow(seq, start, count, 0, 0))
-        found = pack_rows(rows, tables, block_size, CPU).meta
+        found = pack_rows(rows, tables, block_size).meta
         want = build_metadata(
             [row.num_tokens for row in rows],
             [row.start + row.num_tokens for row in rows],
@@ -91,7 +91,7 @@ def test_tokens_and_logit_rows_come_in_row_order() -> None:
     second = make_sequence(2, [20, 21], [3])
     third = make_sequence(3, [30, 31, 32], [4])
     rows = [PlanRow(first, 1, 3, 0, 3), PlanRow(second, 1, 1, 1, 1), PlanRow(third, 0, 2, 0, 0)]
-    inputs = pack_rows(rows, BlockTables(), 4, CPU)
+    inputs = pack_rows(rows, BlockTables(), 4)
     assert inputs.input_ids.tolist() == [[11, 12, 13, 21, 30, 31]]
     assert inputs.position_ids.tolist() == [[1, 2, 3, 1, 0, 1]]
     assert inputs.logit_rows.tolist() == [0, 1, 2, 3]

@@ -33,6 +33,9 @@ def directory(tmp_path: Path) -> Path:
 def _check(directory: Path, lengths: tuple[int, ...], compared: int, **options: Any) -> None:
     """Texts computed together, packed, against each alone by untouched transformers."""
     plain = load_tiny(directory)
+    for module in plain.model.modules():
+        if hasattr(module, "rope_type"):
+            module.rope_type = "longrope"  # transformers' own switch, which loading settles
     texts = random_texts(lengths, VOCAB_SIZE)
     runner = make_runner(load_tiny(directory, **options), 16, 32)
     found = run_chunked(runner, texts, 24)

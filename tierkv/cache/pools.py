@@ -44,7 +44,7 @@ class GpuPool:
             self._pages = _map(shape, dtype)
             self.tensor = torch.frombuffer(self._pages, dtype=dtype).view(shape)
         else:
-            self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+            self.tensor = _zeros(shape, dtype, torch.device(device))
         self._layers = [self.tensor[:, layer] for layer in range(layout.num_layers)]
 
     @property
@@ -92,6 +92,17 @@ def _map(shape: tuple[int, ...], dtype: torch.dtype) -> mmap.mmap:
     except OSError as error:
         fix = f"the pool's {num_bytes} bytes cannot be mapped ({error}); ask for less"
         raise ConfigError("kv_cache_memory", num_bytes, fix) from None
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The pool on a GPU."""
+    try:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    except torch.OutOfMemoryError as error:
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        free = torch.cuda.mem_get_info(device)[0]
+        fix = f"{num_bytes} bytes do not fit: {device} has {free} free; ask for fewer"
+        raise ConfigError("num_gpu_blocks", shape[0], fix) from error
 
 
 def num_pool_blocks(

@@ -15,7 +15,7 @@ _NO_PLUGINS = "only policies can be plugged in, by name: see --eviction-policy"
 _REQUESTS_SAY = "requests say how to sample: leave it out"
 _NO_ADAPTERS = "adapters are not served: merge the adapter into the weights and serve those"
 _NO_DRAFT = "there is no speculative decoding"
-_NO_GRAPHS = "nothing is compiled or captured: leave it out"
+_NOT_COMPILED = "nothing is compiled: leave it out; for CUDA graphs see --cuda-graph-sizes"
 _ONE_DEVICE = "an engine uses one device so far: leave it out"
 _PROXY = "leave that to a proxy in front of the server"
 _TEXT_ONLY = "only text is served: leave it out"
@@ -25,7 +25,7 @@ SHARED = {
     "--attention-backend": "the device and the model decide: leave it out",
     "--grammar-backend,--guided-decoding-backend": "there is one: leave it out",
     "--kv-cache-dtype": "KV is kept in the model's dtype: see --dtype",
-    "--quantization,-q": "weights are served in the dtype of --dtype: give a model of that dtype",
+    "-q": "use --quantization",
     "--reasoning-parser": "reasoning is not told from the answer: leave it out",
 }
 
@@ -37,7 +37,9 @@ VLLM = {
     "--calculate-kv-scales": "KV is kept in the model's dtype: leave it out",
     "--code-revision,--tokenizer-revision": "use --revision, which is for all files of the model",
     "--collect-detailed-traces": "use --otlp-traces-endpoint alone",
-    "--compilation-config,-O,--cuda-graph-sizes,--max-seq-len-to-capture": _NO_GRAPHS,
+    "--compilation-config,-O": _NOT_COMPILED,
+    "--cudagraph-capture-sizes,--max-cudagraph-capture-size": "use --cuda-graph-sizes",
+    "--max-seq-len-to-capture": "graphs are for contexts of any length: leave it out",
     "--cpu-offload-gb": "weights are not offloaded; for KV use --offload cpu=SIZE",
     "--chat-template-content-format": "templates get the content of a message as text",
     "--config-format,--hf-config-path": _MODEL_DECIDES,
@@ -105,9 +107,10 @@ VLLM = {
 SGLANG = {
     "--chunked-prefill-size,--max-prefill-tokens": "use --max-num-batched-tokens",
     "--context-length": "use --max-model-len",
-    "--cuda-graph-max-bs,--enable-torch-compile": _NO_GRAPHS,
+    "--enable-torch-compile,--enable-nccl-nvls": _NOT_COMPILED,
     "--disable-radix-cache": "use --no-enable-prefix-caching",
-    "--cuda-graph-bs,--disable-cuda-graph-padding,--enable-nccl-nvls": _NO_GRAPHS,
+    "--cuda-graph-max-bs,--cuda-graph-bs": "use --cuda-graph-sizes",
+    "--disable-cuda-graph-padding": "use --cuda-graph-sizes, or --enforce-eager for no graphs",
     "--disable-overlap-schedule,--enable-mixed-chunk": "there is one way to schedule: leave it out",
     "--dist-init-addr,--nnodes,--node-rank,--ep-size,--enable-dp-attention": _ONE_DEVICE,
     "--dp-size,--dp": _ANY_DEVICES,
@@ -194,7 +197,6 @@ SAME_HERE: dict[str, tuple[str, ...]] = {
     "--cont-batching,-cb": (),
     "--data-parallel-size,-dp": ("1",),
     "--disable-cascade-attn": (),
-    "--disable-cuda-graph": (),
     "--disable-custom-all-reduce": (),
     "--disable-log-stats": (),
     "--disable-uvicorn-access-log": (),
@@ -206,7 +208,6 @@ SAME_HERE: dict[str, tuple[str, ...]] = {
     "--enable-request-id-headers": (),
     "--enable-server-load-tracking": (),
     "--enable-sleep-mode": (),
-    "--enforce-eager": (),
     "--jinja": (),
     "--kv-cache-dtype": ("auto",),
     "--metrics": (),
@@ -221,6 +222,7 @@ SAME_HERE: dict[str, tuple[str, ...]] = {
 """What is so here too, always: accepted, and nothing changes."""
 
 SWITCHES = {
+    "--disable-cuda-graph": ("enforce_eager", True),
     "--disable-log-requests": ("log_requests", False),
     "--enable-log-requests": ("log_requests", True),
 }

@@ -9,7 +9,7 @@ from typing import Any
 from tierkv.cache.block_port import TierPort
 from tierkv.cache.layout import KVLayout
 from tierkv.cache.pools import GpuPool, num_pool_blocks
-from tierkv.config import EngineConfig
+from tierkv.config import EngineConfig, parse_sizes
 from tierkv.engine.calibrate import measure_compute
 from tierkv.engine.core import EngineCore, EngineInfo, MonotonicClock
 from tierkv.engine.grammar import GrammarCompiler, make_vocabulary
@@ -18,8 +18,10 @@ from tierkv.engine.tiers import open_tiers, parse_offload
 from tierkv.engine.tokenizer import load_tokenizer
 from tierkv.errors import ConfigError
 from tierkv.kernels.ops import get_backend
+from tierkv.model.graphs import CudaBackend, batch_sizes
 from tierkv.model.loaded import LoadedModel, dtype_name
 from tierkv.model.loader import load_model
+from tierkv.model.memory import measure_memory
 from tierkv.model.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
     parse_offload(config)  # a wrong option shows before the model is loaded
     loaded = load_model(config)
     layout = loaded.layout(config.block_size)
-    num_blocks = num_pool_blocks(config, layout, loaded.device)
+    num_blocks = num_pool_blocks(config, layout, loaded.device, _free_bytes(config, loaded, layout))
     window = layout.common_window
     config = dataclasses.replace(config, max_num_seqs=min(config.max_num_seqs, num_blocks))
     info = EngineInfo(
@@ -57,6 +59,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
     logger.debug("attention kernels: %s", get_backend())  # compiled now, not in the first request
     _log_start(info, layout)
     runner = ModelRunner(loaded, pool)
+    _capture(config, runner, info.max_model_len)
     tiers = None
     if config.offload is not None:
         cost = measure_compute(loaded, layout)
@@ -96,6 +99,27 @@ def _max_model_len(
         fix = f"the model's positions end at {loaded.max_model_len}; ask for at most that"
         raise ConfigError("max_model_len", config.max_model_len, fix)
     return config.max_model_len
+
+
+def _free_bytes(config: EngineConfig, loaded: LoadedModel, layout: KVLayout) -> int | None:
+    """What a GPU has for KV, where nothing else says how large the pool is."""
+    is_given = config.num_gpu_blocks is not None or config.kv_cache_memory is not None
+    if is_given or loaded.device.type == "cpu":
+        return None
+    found = measure_memory(loaded, layout, config.max_num_batched_tokens, config.max_num_seqs)
+    return found.room(config.gpu_memory_utilization, layout.block_bytes)
+
+
+def _capture(config: EngineConfig, runner: ModelRunner, max_model_len: int) -> None:
+    """Decode steps as graphs, on a GPU."""
+    device = runner.loaded.device
+    if config.enforce_eager or device.type == "cpu":
+        return
+    asked = config.cuda_graph_sizes
+    sizes = batch_sizes(
+        config.max_num_seqs, () if asked is None else parse_sizes(asked, "cuda_graph_sizes")
+    )
+    runner.capture(sizes, max_model_len, CudaBackend(device))
 
 
 def _log_start(info: EngineInfo, layout: KVLayout) -> None:

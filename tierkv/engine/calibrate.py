@@ -9,22 +9,23 @@ import torch
 from tierkv.cache.layout import KVLayout
 from tierkv.cache.pools import GpuPool
 from tierkv.engine.cost import MeasuredCost
-from tierkv.kernels.metadata import build_metadata
-from tierkv.model.inputs import StepInputs
 from tierkv.model.loaded import LoadedModel
+from tierkv.model.memory import prompt_of
 from tierkv.model.runner import ModelRunner
 
-_SHORT, _LONG = 32, 160
+_LENGTHS = {"cpu": (32, 160), "cuda": (512, 4096)}
+"""On a GPU shorter prompts take as long as their launches."""
 
 
 def measure_compute(loaded: LoadedModel, layout: KVLayout) -> MeasuredCost:
-    """Time two prompts of different length; takes as long as computing some hundred tokens.
+    """Time two prompts of different length: some hundred tokens on a CPU, thousands on a GPU.
 
     The cost of a pair of tokens is not measured but derived: attention does `4 * heads * head_dim`
     operations per layer and pair, the rest of the model 2 per parameter and token.
     """
-    long = min(_LONG, loaded.max_model_len)
-    short = min(_SHORT, max(1, long // 2))
+    shorter, longer = _LENGTHS[loaded.device.type]
+    long = min(longer, loaded.max_model_len)
+    short = min(shorter, max(1, long // 2))
     runner = ModelRunner(loaded, GpuPool(layout, layout.blocks_for(long), loaded.device))
     short_s = min(_time(runner, short) for _ in range(2))
     long_s = min(_time(runner, long) for _ in range(2))
@@ -37,15 +38,16 @@ def measure_compute(loaded: LoadedModel, layout: KVLayout) -> MeasuredCost:
 
 def _time(runner: ModelRunner, num_tokens: int) -> float:
     """Seconds of one forward over a prompt of zeros."""
-    layout, device = runner.pool.layout, runner.pool.device
-    blocks = list(range(layout.blocks_for(num_tokens)))
-    meta = build_metadata([num_tokens], [num_tokens], [blocks], layout.block_size, device=device)
-    inputs = StepInputs(
-        input_ids=torch.zeros(1, num_tokens, dtype=torch.int64, device=device),
-        position_ids=meta.positions.unsqueeze(0),
-        meta=meta,
-        logit_rows=torch.tensor([num_tokens - 1], device=device),
-    )
+    device = runner.pool.device
+    inputs = prompt_of(num_tokens, 1, runner.pool.layout, device)
+    synchronize(device)
     start = time.perf_counter()
     runner.forward(inputs)
+    synchronize(device)
     return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

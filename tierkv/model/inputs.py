@@ -7,8 +7,8 @@ needs, so its cost does not depend on re-reading tables that did not change.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class StepInputs:
     """One packed forward pass.
 
     Attributes:
-        input_ids, position_ids: int64 `[1, num_tokens]` on the model's device.
+        input_ids, position_ids: int64 `[1, num_tokens]`.
         meta: geometry of the step's attention.
         logit_rows: int64 `[num_logit_rows]`, rows whose logits are wanted.
     """
@@ -34,6 +34,17 @@ class StepInputs:
     position_ids: Tensor
     meta: AttentionMetadata
     logit_rows: Tensor
+
+    def to(self, device: torch.device) -> StepInputs:
+        """The same step with its tensors on the device; itself where they are there."""
+        if device.type == "cpu":
+            return self
+        return StepInputs(
+            input_ids=to_device(self.input_ids, device),
+            position_ids=to_device(self.position_ids, device),
+            meta=_move(self.meta, device),
+            logit_rows=to_device(self.logit_rows, device),
+        )
 
 
 class BlockTables:
@@ -90,21 +101,19 @@ class BlockTables:
         self._table, self._array = table, table.numpy()
 
 
-def pack_rows(
-    rows: Sequence[PlanRow], tables: BlockTables, block_size: int, device: torch.device
-) -> StepInputs:
-    """Pack a plan's rows in order; `tables` is brought up to date on the way."""
+def pack_rows(rows: Sequence[PlanRow], tables: BlockTables, block_size: int) -> StepInputs:
+    """Pack a plan's rows in order, in CPU memory; `tables` is brought up to date on the way."""
     query_lens = [row.num_tokens for row in rows]
     starts = [row.start for row in rows]
     context_lens = [row.start + row.num_tokens for row in rows]
     indices = [tables.update(row.seq) for row in rows]
     table = tables.gather(indices, -(-max(context_lens) // block_size))
-    meta = _metadata(query_lens, starts, context_lens, table, block_size, device)
+    meta = _metadata(query_lens, starts, context_lens, table, block_size)
     return StepInputs(
-        input_ids=_device(torch.tensor(_token_ids(rows)), device).unsqueeze(0),
+        input_ids=torch.tensor(_token_ids(rows)).unsqueeze(0),
         position_ids=meta.positions.unsqueeze(0),
         meta=meta,
-        logit_rows=_device(torch.tensor(list(_logit_rows(rows)), dtype=torch.int64), device),
+        logit_rows=torch.tensor(list(_logit_rows(rows)), dtype=torch.int64),
     )
 
 
@@ -133,7 +142,6 @@ def _metadata(
     context_lens: list[int],
     table: Tensor,
     block_size: int,
-    device: torch.device,
 ) -> AttentionMetadata:
     """Geometry of a step over whole contexts; see `kernels.metadata.build_metadata`."""
     lens, first = torch.tensor(query_lens), torch.tensor(starts)
@@ -147,16 +155,15 @@ def _metadata(
         positions = torch.arange(num_tokens) + (first - query_start[:-1])[seq]
     block = positions.div(block_size, rounding_mode="floor")
     slots = table[seq, block] * block_size + (positions - block * block_size)
-    context = _device(first + lens, device)
-    zeros = torch.zeros(num_seqs, dtype=torch.int64, device=device)
+    context = first + lens
     return AttentionMetadata(
-        query_start=_device(query_start, device),
+        query_start=query_start,
         context_lens=context,
-        key_start=zeros,
+        key_start=torch.zeros(num_seqs, dtype=torch.int64),
         key_lens=context,
-        block_tables=_device(table, device),
-        positions=_device(positions, device),
-        slot_mapping=_device(slots, device),
+        block_tables=table,
+        positions=positions,
+        slot_mapping=slots,
         block_size=block_size,
         query_len_list=query_lens,
         context_len_list=context_lens,
@@ -166,6 +173,16 @@ def _metadata(
     )
 
 
-def _device(tensor: Tensor, device: torch.device) -> Tensor:
+def _move(meta: AttentionMetadata, device: torch.device) -> AttentionMetadata:
+    """The same geometry with its tensors on the device; one that is there twice goes once."""
+    tensors = {
+        f.name: value for f in fields(meta) if isinstance(value := getattr(meta, f.name), Tensor)
+    }
+    moved = {id(tensor): to_device(tensor, device) for tensor in tensors.values()}
+    names: dict[str, Any] = {name: moved[id(tensor)] for name, tensor in tensors.items()}
+    return replace(meta, **names, plans={})
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Asynchronous copy to an accelerator; nothing to do on the CPU."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -15,15 +15,15 @@ from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.kernels import ops
 from tierkv.kernels.linear import pack_linears
 from tierkv.model import attention, facts, rope, trace
+from tierkv.model.device import choose_device
 from tierkv.model.fingerprint import model_fingerprint
 from tierkv.model.fuse import fuse_projections
 from tierkv.model.loaded import LoadedModel, dtype_name
 from tierkv.model.probe import verify_model
+from tierkv.model.quantize import check_quantization, quantize
 from tierkv.model.swap import swap_modules, swap_rotary
 
 logger = logging.getLogger(__name__)
-
-_KERNEL_DEVICES = ("cpu",)
 
 DEMO = Path(__file__).parent / "demo"
 """Directory of the built-in model `demo`."""
@@ -39,12 +39,15 @@ def load_model(config: EngineConfig) -> LoadedModel:
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     source = str(DEMO) if config.model == "demo" else config.model
+    device = choose_device(config.device)
+    check_quantization(config.quantization, device)
     hf_config = load_config(config, source)
-    device = _device(config)
     dtype = _dtype(config, hf_config, device)
-    model = _build(config, source, hf_config, dtype).to(device).eval().requires_grad_(False)
+    model = _on(device, _build(config, source, hf_config, dtype))
     max_model_len = rope.fix_length(model, hf_config, config.max_model_len)
     variant = f"{dtype_name(dtype)}, {max_model_len} positions"
+    if config.quantization is not None:
+        variant += f", {config.quantization}"
     fingerprint = model_fingerprint(model, hf_config, variant)
     layers = trace.trace_layers(model)
     model.set_attn_implementation(attention.IMPLEMENTATION)
@@ -63,8 +66,29 @@ def load_model(config: EngineConfig) -> LoadedModel:
     )
     if config.verify_model:
         verify_model(loaded)
+    if config.quantization is not None:
+        quantize(loaded.model, config.quantization)
     _speed_up(loaded)
     return loaded
+
+
+def _on(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
+    """The model on the device, set to inference.
+
+    Raises:
+        ConfigError: it does not fit, with the numbers.
+    """
+    try:
+        placed: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+    except torch.OutOfMemoryError as error:
+        size = sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
+        free, total = torch.cuda.mem_get_info(device)
+        fix = (
+            f"its weights take {size / 2**30:.2f} GiB, {device} has {total / 2**30:.2f} GiB, "
+            f"{free / 2**30:.2f} GiB of them free: use a smaller model or dtype, or --device cpu"
+        )
+        raise ConfigError("model", type(model).__name__, fix) from error
+    return placed
 
 
 def _speed_up(loaded: LoadedModel) -> None:
@@ -129,16 +153,9 @@ def _model_class(hf_config: Any) -> type[Any] | None:
     return classes[0]
 
 
-def _device(config: EngineConfig) -> torch.device:
-    """The device asked for; `auto` is the one that has kernels."""
-    name = "cpu" if config.device == "auto" else config.device
-    if name not in _KERNEL_DEVICES:
-        raise ConfigError("device", config.device, "this version computes on the CPU only; use cpu")
-    return torch.device(name)
-
-
 def _dtype(config: EngineConfig, hf_config: Any, device: torch.device) -> torch.dtype:
-    """The dtype asked for; `auto` is the config's, except float16 where it would crawl."""
+    """The dtype asked for; `auto` is the config's, except where another is far faster: instead of
+    float16 on CPUs, and of float32 on GPUs."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)  # type: ignore[no-any-return]
     named = getattr(hf_config, "dtype", None) or facts.text_config(hf_config).dtype
@@ -147,6 +164,9 @@ def _dtype(config: EngineConfig, hf_config: Any, device: torch.device) -> torch.
         fast_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         dtype = torch.bfloat16 if fast_bf16 else torch.float32
         logger.warning("float16 is slow on CPUs: the model runs in %s", dtype_name(dtype))
+    if device.type == "cuda" and dtype is torch.float32:
+        dtype = torch.bfloat16
+        logger.info("the model runs in bfloat16; dtype=float32 would keep its own")
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError("dtype", config.dtype, f"the model's {dtype} is not served; choose one")
     return dtype

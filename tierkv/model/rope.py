@@ -21,6 +21,7 @@ from tierkv.model import facts
 logger = logging.getLogger(__name__)
 
 _FIXED = "longrope, long factors"
+_SHORT = "longrope, short factors"
 
 
 def fix_length(model: nn.Module, config: Any, wanted: int | None) -> int:
@@ -35,9 +36,13 @@ def fix_length(model: nn.Module, config: Any, wanted: int | None) -> int:
         ConfigError: the model has long factors that this cannot fix.
     """
     length = facts.max_positions(config)
-    if wanted is None or wanted <= length or facts.rope_kind(config) != "longrope":
+    if facts.rope_kind(config) != "longrope":
         return length
-    modules = [m for m in model.modules() if getattr(m, "rope_type", None) == "longrope"]
+    modules: list[Any] = [m for m in model.modules() if getattr(m, "rope_type", None) == "longrope"]
+    if wanted is None or wanted <= length:
+        for module in modules:  # or every forward would ask the device for the longest position
+            module.rope_type = _SHORT
+        return length
     if not modules:
         raise ConfigError("max_model_len", wanted, f"beyond {length} its rotary factors vary")
     for module in modules:

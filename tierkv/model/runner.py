@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,8 @@ from tierkv.cache.pools import GpuPool
 from tierkv.errors import ConfigError
 from tierkv.kernels.ops import copy_blocks
 from tierkv.model.attention import StepContext, current_step
-from tierkv.model.inputs import BlockTables, StepInputs, pack_rows
+from tierkv.model.graphs import DecodeBuffers, DecodeGraphs, GraphBackend
+from tierkv.model.inputs import BlockTables, StepInputs, pack_rows, to_device
 from tierkv.model.loaded import LoadedModel
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class ModelRunner:
         self.loaded = loaded
         self.pool = pool
         self.tables = BlockTables()
+        self.graphs: DecodeGraphs | None = None
         self._windows = loaded.windows
         self._passes_step = loaded.passes_step
         parameters = inspect.signature(loaded.model.forward).parameters
@@ -47,25 +50,45 @@ class ModelRunner:
         """Copy-on-write, then the forward of all rows.
 
         Returns:
-            fp32 `[sum(row.num_logit_rows), vocab_size]`, rows in plan order.
+            fp32 `[sum(row.num_logit_rows), vocab_size]`, rows in plan order; valid until the next
+            run.
         """
         with torch.inference_mode():
             self._copy(plan.copies)
-            inputs = pack_rows(
-                plan.rows, self.tables, self.pool.layout.block_size, self.loaded.device
-            )
-            return self.forward(inputs)
+            inputs = pack_rows(plan.rows, self.tables, self.pool.layout.block_size)
+            if self.graphs is not None and self.graphs.can_run(inputs):
+                return self.graphs.run(inputs)
+            return self.forward(inputs.to(self.loaded.device))
+
+    def capture(self, sizes: Sequence[int], max_model_len: int, backend: GraphBackend) -> None:
+        """Let steps of decode rows replay graphs from now on, if the model can be captured.
+
+        Args:
+            sizes: batch sizes.
+            max_model_len: tokens of the longest context.
+            backend: makes the graphs.
+        """
+        vocab_size, device = self.loaded.vocab_size, self.loaded.device
+        buffers = DecodeBuffers(
+            max(sizes), max_model_len, self.pool.layout.block_size, vocab_size, device
+        )
+        graphs = DecodeGraphs(self.forward, buffers, self.pool.num_blocks, backend)
+        self.graphs = graphs if graphs.try_capture(sizes) else None
 
     def forget(self, seq_id: int) -> None:
         """The sequence is finished or was preempted; unknown ids are ignored."""
         self.tables.forget(seq_id)
 
     @torch.inference_mode()
-    def forward(self, inputs: StepInputs) -> Tensor:
+    def forward(self, inputs: StepInputs, out: Tensor | None = None) -> Tensor:
         """One forward pass; writes the KV of every row.
 
+        Args:
+            inputs: the step, on the model's device.
+            out: fp32 `[num_logit_rows, vocab_size]` for the logits; allocated if None.
+
         Returns:
-            fp32 `[num_logit_rows, vocab_size]`.
+            out.
         """
         step = StepContext(self.pool, inputs.meta, self._windows)
         kwargs = {
@@ -82,14 +105,14 @@ class ModelRunner:
                 logits = self.loaded.model(**kwargs).logits[0]
         if not self._selects_logits:
             logits = logits[inputs.logit_rows]
-        result: Tensor = logits.float()
+        result: Tensor = logits.float() if out is None else out.copy_(logits)
         return result
 
     def _copy(self, copies: list[BlockCopy]) -> None:
         if not copies:
             return
         device = self.pool.device
-        sources = torch.tensor([copy.source for copy in copies], device=device)
-        targets = torch.tensor([copy.destination for copy in copies], device=device)
+        sources = to_device(torch.tensor([copy.source for copy in copies]), device)
+        targets = to_device(torch.tensor([copy.destination for copy in copies]), device)
         num_tokens = max(copy.num_tokens for copy in copies)
         copy_blocks(self.pool.tensor, sources, targets, num_tokens)

@@ -1,0 +1,82 @@
+"""Which device a model runs on, and why not on another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tierkv.config import EngineConfig, parse_sizes
+from tierkv.errors import ConfigError
+from tierkv.model import device
+from tierkv.model.quantize import check_quantization, is_quantizable
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """A torch that believes in a GPU."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Some GPU")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+
+
+def test_auto_takes_a_gpu_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, (9, 0))
+    assert device.choose_device("auto") == device.choose_device("cuda") == torch.device("cuda", 0)
+    assert device.choose_device("cpu") == torch.device("cpu")
+
+
+def test_auto_leaves_one_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, (7, 5))
+    assert device.choose_device("auto") == torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"Some GPU has compute capability 7.5.*need 8.0"):
+        device.choose_device("cuda")
+
+
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'tierkv\[cuda\]'"):
+        device.choose_device("cuda")
+
+
+def test_without_a_cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(ConfigError, match="built without CUDA"):
+        device.choose_device("cuda")
+    assert device.choose_device("auto") == torch.device("cpu")
+
+
+def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"no GPU can be used .*nvidia-smi"):
+        device.choose_device("cuda")
+
+
+def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_quantization(None, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"quantization.*fp8.*needs a GPU"):
+        check_quantization("fp8", torch.device("cpu"))
+    gpu(monkeypatch, (8, 0))
+    with pytest.raises(ConfigError, match=r"compute capability 8.9, this one has 8.0"):
+        check_quantization("fp8", torch.device("cuda"))
+    with pytest.raises(ConfigError, match="fp8"):
+        EngineConfig(quantization="int3")
+
+
+def test_layers_that_fp8_products_take() -> None:
+    make = torch.nn.Linear
+    assert is_quantizable(make(32, 48, dtype=torch.bfloat16))
+    assert not is_quantizable(make(32, 48))
+    assert not is_quantizable(make(32, 47, dtype=torch.bfloat16))
+    assert not is_quantizable(torch.nn.Embedding(32, 48, dtype=torch.bfloat16))
+
+
+def test_graph_sizes() -> None:
+    assert parse_sizes("8,1,4,4", "cuda_graph_sizes") == (1, 4, 8)
+    assert parse_sizes(16, "cuda_graph_sizes") == (16,)
+    for wrong in ("", "0", "1,x", "-3", True):
+        with pytest.raises(ConfigError, match="cuda_graph_sizes"):
+            EngineConfig(cuda_graph_sizes=wrong)
