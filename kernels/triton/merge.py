@@ -1,0 +1,134 @@
+"""Merging partial attention: over the parts of a context, and over segments kept elsewhere.
+
+    lse = log(sum_i exp(lse_i)),   out = sum_i exp(lse_i - lse) out_i
+
+A part that saw no key has lse -inf and counts for nothing; its out is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tierkv.kernels.triton.tiles import power_of_two
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def weigh(lse, highest):
+    """`exp(lse - highest)`; 0 for -inf, also where highest is."""
+    return tl.where(lse > float("-inf"), tl.exp2((lse - highest) * _LOG2E), 0.0)
+
+
+@triton.jit(do_not_specialize=["num_parts"])
+def merge_parts(
+    parts, part_lses, out, lse, sinks, query_start, tiles, num_parts,
+    S: tl.constexpr, MAX_PARTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Merge what `attend` made of a split context; grid (tiles * tokens, num_heads).
+
+    parts fp32 `[num_parts, tiles * tokens, num_heads, head_dim]` and part_lses without the last
+    dimension; out, lse, sinks, query_start, tiles as in `attend`; MAX_PARTS is num_parts or more.
+    """
+    place, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if tiles is None:
+        row = tl.load(query_start + place)
+        is_row = True
+    else:
+        seq = tl.load(tiles + place // S.tokens * 2)
+        token = tl.load(tiles + place // S.tokens * 2 + 1) + place % S.tokens
+        row = tl.load(query_start + seq) + token
+        is_row = row < tl.load(query_start + seq + 1)
+    if is_row:
+        stride = tl.num_programs(0).to(tl.int64) * S.num_heads
+        source = place * S.num_heads + head
+        part = tl.arange(0, MAX_PARTS)
+        known = tl.load(
+            part_lses + source + part * stride, mask=part < num_parts, other=float("-inf")
+        )
+        highest = tl.max(known)
+        total = tl.sum(weigh(known, highest))
+        dims = tl.arange(0, S.block_d)
+        acc = tl.zeros([S.block_d], tl.float32)
+        for start in range(0, num_parts, CHUNK):
+            index = start + tl.arange(0, CHUNK)
+            of_chunk = tl.load(
+                part_lses + source + index * stride, mask=index < num_parts, other=float("-inf")
+            )
+            weight = weigh(of_chunk, highest)
+            values = tl.load(
+                parts + (source + index * stride)[:, None] * S.head_dim + dims[None, :],
+                mask=(of_chunk > float("-inf"))[:, None] & (dims < S.head_dim)[None, :],
+                other=0.0,
+            )
+            acc += tl.sum(values * weight[:, None], 0)
+        total = tl.where(total > 0, total, 1.0)  # where no part saw anything, highest is -inf
+        result = highest + tl.log(total)
+        if sinks is not None:
+            total += tl.exp2((tl.load(sinks + head) - highest) * _LOG2E)
+        target = row * S.num_heads + head
+        acc = acc / total
+        tl.store(out + target * S.head_dim + dims, acc.to(out.dtype.element_ty), dims < S.head_dim)
+        if lse is not None:
+            tl.store(lse + target, result)
+
+
+@triton.jit
+def merge_segment(
+    out, lse, segment, segment_lse, sinks, num_rows,
+    NUM_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Merge one more segment, and the sinks, into fp32 out `[num_rows, DIM]`, lse `[num_rows]`.
+
+    A row is a head of a token. segment (any float dtype) with its lse, and sinks, may be None.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    dims = tl.arange(0, BLOCK_D)
+    is_row = row < num_rows
+    places = row[:, None] * DIM + dims[None, :]
+    mask = is_row[:, None] & (dims < DIM)[None, :]
+    known = tl.load(lse + row, mask=is_row, other=float("-inf"))
+    highest = known
+    if segment is not None:
+        more = tl.load(segment_lse + row, mask=is_row, other=float("-inf"))
+        highest = tl.maximum(highest, more)
+    if sinks is not None:
+        sink = tl.load(sinks + row % NUM_HEADS, mask=is_row, other=0.0)
+        highest = tl.maximum(highest, sink)
+    weight = weigh(known, highest)
+    total = weight
+    acc = tl.load(out + places, mask=mask, other=0.0) * weight[:, None]
+    if segment is not None:
+        weight = weigh(more, highest)
+        total += weight
+        acc += tl.load(segment + places, mask=mask, other=0.0).to(tl.float32) * weight[:, None]
+    if sinks is not None:
+        total += weigh(sink, highest)
+    total = tl.where(total > 0, total, 1.0)
+    tl.store(out + places, acc / total[:, None], mask)
+    tl.store(lse + row, highest + tl.log(total), is_row)
+
+
+def merge_attention(
+    outs: Sequence[Tensor], lses: Sequence[Tensor], sinks: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """See `ops.merge_attention`; one launch for every segment after the first."""
+    out, lse = outs[0].to(torch.float32, copy=True).contiguous(), lses[0].clone()
+    num_heads, dim = out.shape[1:]
+    block_d = power_of_two(dim)
+    block_r = max(1, 2048 // block_d)
+    num_rows = lse.numel()
+    segments = [(part.contiguous(), more.contiguous()) for part, more in zip(outs, lses)][1:]
+    if sinks is not None and not segments:
+        segments = [(None, None)]
+    for index, (part, more) in enumerate(segments):
+        last = sinks if index == len(segments) - 1 else None
+        merge_segment[(triton.cdiv(num_rows, block_r),)](
+            out, lse, part, more, last, num_rows, num_heads, dim, block_r, block_d
+        )  # fmt: skip
+    return out, lse
