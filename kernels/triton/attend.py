@@ -125,10 +125,10 @@ def key_range(position, num_tokens, num_keys, window, S: tl.constexpr):
 
 
 @triton.jit
-def store_rows(state, out, lse, sinks, row, head, live, has_keys, S: tl.constexpr):
+def store_rows(state, out, lse, sinks, row, head, live, filled, S: tl.constexpr):
     """Divide by the sum of weights and store; sinks are one more weight without a value.
 
-    Of a part without keys only lse is stored.
+    live: the rows that exist; filled: those whose out matters, not lse alone.
     """
     acc, total, highest = state
     if sinks is not None:
@@ -141,7 +141,7 @@ def store_rows(state, out, lse, sinks, row, head, live, has_keys, S: tl.constexp
     total = tl.where(total > 0, total, 1.0)  # a row that saw nothing has highest -inf
     result = acc / total[:, None]
     places = row * S.num_heads + head
-    mask = (live & has_keys)[:, None] & (dims < S.head_dim)[None, :]
+    mask = filled[:, None] & (dims < S.head_dim)[None, :]
     pointers = out + places[:, None] * S.head_dim + dims[None, :]
     tl.store(pointers, result.to(out.dtype.element_ty), mask)
     if lse is not None:
@@ -167,7 +167,6 @@ def attend(
     position = tl.load(context_lens + seq) - query_len + first - tl.load(key_start + seq)
     position = position.to(tl.int32)
     begin, end = key_range(position, num_tokens, num_keys, window, S)
-    has_keys = (begin < end) | (not S.is_split)
 
     lane = tl.arange(0, S.block_m)
     token = lane // S.heads
@@ -183,7 +182,8 @@ def attend(
     base = kv + kv_head * (S.block_size * S.head_dim)
     table = block_tables + seq.to(tl.int64) * table_stride
     nothing = tl.full([S.block_m], float("-inf"), tl.float32)
-    state = tl.zeros([S.block_m, S.block_d], tl.float32), tl.zeros_like(nothing), nothing
+    empty = tl.full([S.block_m, S.block_d], 0.0, tl.float32)
+    state = empty, tl.zeros_like(nothing), nothing
     factors = factor, inner, cap
     if S.has_whole:  # most keys of a chunk are visible to all of its rows
         whole = tl.minimum(end, position + 1) // S.block_n * S.block_n
@@ -196,7 +196,9 @@ def attend(
     state = attend_keys(
         state, q_tile, begin, end, last, base, table, num_keys, kv_block, window, factors, S, True
     )
+    filled = live
     if S.is_split:
+        filled = live & (lane * 0 + begin < end)
         num_rows = tl.num_programs(0) * S.tokens
         row = tl.program_id(2).to(tl.int64) * num_rows + tl.program_id(0) * S.tokens
-    store_rows(state, out, lse, sinks, row + token, head, live, has_keys, S)
+    store_rows(state, out, lse, sinks, row + token, head, live, filled, S)

@@ -17,7 +17,7 @@ from tierkv.kernels.metadata import AttentionMetadata
 from tierkv.kernels.triton import tiles
 from tierkv.kernels.triton.attend import attend
 from tierkv.kernels.triton.merge import merge_parts
-from tierkv.kernels.triton.tiles import AttendShape, Device, Tile
+from tierkv.kernels.triton.tiles import AttendShape, Device, KvShape, Tile
 
 _LOG2E = 1.4426950408889634
 _CHUNK = 8  # parts whose values `merge_parts` loads at once
@@ -45,7 +45,9 @@ def attention(
         ValueError: head_dim is over 256.
     """
     if kv.shape[4] > tiles.MAX_HEAD_DIM:
-        raise ValueError(f"kv has head_dim {kv.shape[4]}; on a GPU the most is {tiles.MAX_HEAD_DIM}")
+        raise ValueError(
+            f"kv has head_dim {kv.shape[4]}; on a GPU the most is {tiles.MAX_HEAD_DIM}"
+        )
     problem = _Problem(q, kv, meta, out, lse, device, scale, window, softcap, sinks)
     if meta.num_tokens == meta.num_seqs:
         problem.decode(None)
@@ -100,9 +102,14 @@ class _Problem:
         """Query heads per KV head."""
         return self.q.shape[1] // self.kv.shape[2]
 
+    @property
+    def kv_shape(self) -> KvShape:
+        """The blocks."""
+        return KvShape(*self.kv.shape[2:])
+
     def chunk_tile(self) -> Tile:
         """The tile of runs of rows."""
-        return tiles.prefill_tile(self.group, self.kv.shape[4], self.q.dtype, self.device)
+        return tiles.prefill_tile(self.kv_shape, self.group, self.q.dtype, self.device)
 
     def chunk_shape(self) -> AttendShape:
         """What is compiled for them."""
@@ -114,14 +121,14 @@ class _Problem:
 
     def decode(self, pairs: Tensor | None) -> None:
         """Attention of the single rows, or if None of all sequences, which have one each."""
-        tile = tiles.decode_tile(self.group, self.kv.shape[4], self.q.dtype, self.device)
+        tile = tiles.decode_tile(self.kv_shape, self.group, self.q.dtype, self.device)
         num_rows = self.meta.num_seqs if pairs is None else pairs.shape[0]
         self._launch(tile, self._shape(tile, is_decode=True), pairs, num_rows)
 
     def _shape(self, tile: Tile, *, is_decode: bool) -> AttendShape:
         return tiles.attend_shape(
             tile,
-            (self.kv.shape[2], self.kv.shape[3], self.kv.shape[4]),
+            self.kv_shape,
             self.group,
             is_decode=is_decode,
             has_window=self.window is not None,

@@ -17,12 +17,13 @@ from torch import Tensor
 from tierkv.kernels.triton.tiles import power_of_two
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+_ELEMENTS = 2048  # that a program merges
 
 
 @triton.jit
 def weigh(lse, highest):
-    """`exp(lse - highest)`; 0 for -inf, also where highest is."""
-    return tl.where(lse > float("-inf"), tl.exp2((lse - highest) * _LOG2E), 0.0)
+    """`exp(lse - highest)`; 0 where lse is -inf, also if nothing is higher."""
+    return tl.exp2((lse - tl.where(highest == float("-inf"), 0.0, highest)) * _LOG2E)
 
 
 @triton.jit(do_not_specialize=["num_parts"])
@@ -54,7 +55,7 @@ def merge_parts(
         highest = tl.max(known)
         total = tl.sum(weigh(known, highest))
         dims = tl.arange(0, S.block_d)
-        acc = tl.zeros([S.block_d], tl.float32)
+        acc = tl.full([S.block_d], 0.0, tl.float32)
         for start in range(0, num_parts, CHUNK):
             index = start + tl.arange(0, CHUNK)
             of_chunk = tl.load(
@@ -70,7 +71,7 @@ def merge_parts(
         total = tl.where(total > 0, total, 1.0)  # where no part saw anything, highest is -inf
         result = highest + tl.log(total)
         if sinks is not None:
-            total += tl.exp2((tl.load(sinks + head) - highest) * _LOG2E)
+            total += weigh(tl.load(sinks + head), highest)
         target = row * S.num_heads + head
         acc = acc / total
         tl.store(out + target * S.head_dim + dims, acc.to(out.dtype.element_ty), dims < S.head_dim)
@@ -117,18 +118,27 @@ def merge_segment(
 def merge_attention(
     outs: Sequence[Tensor], lses: Sequence[Tensor], sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See `ops.merge_attention`; one launch for every segment after the first."""
-    out, lse = outs[0].to(torch.float32, copy=True).contiguous(), lses[0].clone()
-    num_heads, dim = out.shape[1:]
-    block_d = power_of_two(dim)
-    block_r = max(1, 2048 // block_d)
-    num_rows = lse.numel()
-    segments = [(part.contiguous(), more.contiguous()) for part, more in zip(outs, lses)][1:]
+    """See `ops.merge_attention`; a launch for each segment after the first."""
+    out = outs[0].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    lse = lses[0].clone(memory_format=torch.contiguous_format)
+    segments: list[tuple[Tensor | None, Tensor | None]]
+    segments = [*zip(outs[1:], lses[1:], strict=True)]
     if sinks is not None and not segments:
         segments = [(None, None)]
-    for index, (part, more) in enumerate(segments):
-        last = sinks if index == len(segments) - 1 else None
-        merge_segment[(triton.cdiv(num_rows, block_r),)](
-            out, lse, part, more, last, num_rows, num_heads, dim, block_r, block_d
-        )  # fmt: skip
+    for index, segment in enumerate(segments):
+        _merge_into(out, lse, *segment, sinks if index == len(segments) - 1 else None)
     return out, lse
+
+
+def _merge_into(
+    out: Tensor, lse: Tensor, part: Tensor | None, part_lse: Tensor | None, sinks: Tensor | None
+) -> None:
+    num_tokens, num_heads, dim = out.shape
+    block_d = power_of_two(dim)
+    block_r = max(1, _ELEMENTS // block_d)
+    if num_tokens:
+        merge_segment[(triton.cdiv(num_tokens * num_heads, block_r),)](
+            out, lse, None if part is None else part.contiguous(),
+            None if part_lse is None else part_lse.contiguous(),
+            sinks, num_tokens * num_heads, num_heads, dim, block_r, block_d,
+        )  # fmt: skip

@@ -54,6 +54,15 @@ class Tile:
     num_stages: int
 
 
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """One layer's blocks."""
+
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+
+
 @dataclass(frozen=True)
 class AttendShape:
     """What the attention kernel is compiled for; see `attend.attend`.
@@ -123,53 +132,67 @@ def power_of_two(count: int, least: int = 16) -> int:
     return max(least, 1 << (count - 1).bit_length())
 
 
-def decode_tile(group: int, head_dim: int, dtype: torch.dtype, device: Device) -> Tile:
+def decode_tile(shape: KvShape, group: int, dtype: torch.dtype, device: Device) -> Tile:
     """The tile of a sequence's single new row, whose loop is bound by memory.
 
-    Tensor cores want 16 rows at least, so smaller groups are padded; two programs fit on a
+    Tensor cores want 16 rows at least, so smaller groups are padded. Several programs share a
     multiprocessor.
     """
     block_m = power_of_two(tile_heads(group))
-    is_wide = head_dim > 128
+    is_wide = shape.head_dim > 128
     if dtype is torch.float32:
-        return Tile(block_m, 16 if is_wide else 32, num_warps=4, num_stages=2)
-    num_stages = 3 if device.capability in _ROOMY else 2
-    return Tile(block_m, 32 if is_wide else 64, num_warps=4, num_stages=num_stages)
+        return Tile(block_m, 16 if is_wide else 32, num_warps=8, num_stages=2)
+    block_n = 32 if is_wide else 64
+    return Tile(block_m, block_n, 4, _num_stages(2 if _is_roomy(device) else 1))
 
 
-def prefill_tile(group: int, head_dim: int, dtype: torch.dtype, device: Device) -> Tile:
+def prefill_tile(shape: KvShape, group: int, dtype: torch.dtype, device: Device) -> Tile:
     """The tile of a run of new rows, bound by arithmetic: as large as the registers allow."""
-    is_wide = head_dim > 128
+    is_wide = shape.head_dim > 128
     if dtype is torch.float32:
         block_m = power_of_two(tile_heads(group), 32)
-        return Tile(block_m, 16 if is_wide else 32, num_warps=4, num_stages=1)
-    if device.capability in _ROOMY:
-        return Tile(128, 32 if is_wide else 64, num_warps=8, num_stages=2 if is_wide else 3)
-    return Tile(64, 32, num_warps=4, num_stages=2) if is_wide else Tile(128, 64, 8, 2)
+        return Tile(block_m, 16 if shape.head_dim > 64 else 32, num_warps=8, num_stages=1)
+    block_n = 32 if is_wide else 64
+    num_stages = _num_stages(2 if _is_roomy(device) else 1)
+    # Before and beside the large chips of 9.x and 10.x, operands of a product are in registers.
+    is_tight = is_wide and device.capability[0] not in (9, 10)
+    return Tile(64 if is_tight else 128, block_n, 8, num_stages)
+
+
+def _is_roomy(device: Device) -> bool:
+    return device.capability in _ROOMY
+
+
+def _num_stages(in_flight: int) -> int:
+    """The compiler's stages with which `in_flight` tiles of keys and values are loaded ahead.
+
+    The compiler spreads `num_stages - 2` turns evenly over the two loads that wait for each other:
+    of block ids, and of what they point at.
+    """
+    return 2 * in_flight + 1
 
 
 def attend_shape(
     tile: Tile,
-    kv_shape: tuple[int, int, int],
+    shape: KvShape,
     group: int,
     *,
     is_decode: bool,
     has_window: bool = False,
     has_softcap: bool = False,
 ) -> AttendShape:
-    """What to compile for a tile, contexts not cut; kv_shape: num_kv_heads, block_size, head_dim."""
-    num_kv_heads, block_size, head_dim = kv_shape
+    """What to compile for a tile of these blocks and as many heads per KV head, nothing split."""
     heads = tile_heads(group)
     return AttendShape(
         group=group,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        block_size=block_size,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        block_size=shape.block_size,
         heads=heads,
         tokens=1 if is_decode else tile.block_m // heads,
         block_m=tile.block_m,
         block_n=tile.block_n,
-        block_d=power_of_two(head_dim),
+        block_d=power_of_two(shape.head_dim),
         has_window=has_window,
         has_softcap=has_softcap,
         is_split=False,
