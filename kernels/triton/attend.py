@@ -148,7 +148,8 @@ def store_rows(state, out, lse, sinks, row, head, live, filled, S: tl.constexpr)
         tl.store(lse + places, (highest + tl.log2(total)) * 0.6931471805599453, live)
 
 
-@triton.jit(do_not_specialize=["table_stride", "window"])
+# What changes from step to step is not specialised, so that no step waits for a compiler.
+@triton.jit(do_not_specialize=["table_stride", "window"], do_not_specialize_on_alignment=["tiles"])
 def attend(
     q, kv, out, lse, sinks, query_start, context_lens, key_start, key_lens, block_tables, tiles,
     q_row, q_head, kv_block, table_stride, window, factor, inner, cap, S: tl.constexpr,

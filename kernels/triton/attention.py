@@ -149,7 +149,7 @@ class _Problem:
         self._attend(tile, shape, pairs, num_tiles, num_parts, parts, lses, None)
         merge_parts[places[1:]](
             parts, lses, self.out, self.lse, self.sinks, self.meta.query_start, pairs, num_parts,
-            shape.merged(), tiles.power_of_two(num_parts, _CHUNK), _CHUNK, num_warps=1,
+            shape.merged(), _CHUNK, num_warps=1,
         )  # fmt: skip
 
     def _max_keys(self, shape: AttendShape) -> int:

@@ -26,57 +26,57 @@ def weigh(lse, highest):
     return tl.exp2((lse - tl.where(highest == float("-inf"), 0.0, highest)) * _LOG2E)
 
 
-@triton.jit(do_not_specialize=["num_parts"])
+@triton.jit(do_not_specialize=["num_parts"], do_not_specialize_on_alignment=["tiles"])
 def merge_parts(
     parts, part_lses, out, lse, sinks, query_start, tiles, num_parts,
-    S: tl.constexpr, MAX_PARTS: tl.constexpr, CHUNK: tl.constexpr,
+    S: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Merge what `attend` made of a split context; grid (tiles * tokens, num_heads).
 
     parts fp32 `[num_parts, tiles * tokens, num_heads, head_dim]` and part_lses without the last
-    dimension; out, lse, sinks, query_start, tiles as in `attend`; MAX_PARTS is num_parts or more.
+    dimension, `CHUNK` of them at a time; out, lse, sinks, query_start, tiles as in `attend`.
     """
     place, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, is_row = row_of(place, query_start, tiles, S)
+    if is_row:
+        stride = tl.num_programs(0).to(tl.int64) * S.num_heads
+        source = place * S.num_heads + head
+        dims = tl.arange(0, S.block_d)
+        acc = tl.full([S.block_d], 0.0, tl.float32)
+        total = 0.0
+        highest = float("-inf")
+        for start in range(0, num_parts, CHUNK):
+            part = start + tl.arange(0, CHUNK)
+            places = source + part * stride
+            known = tl.load(part_lses + places, mask=part < num_parts, other=float("-inf"))
+            mask = (known > float("-inf"))[:, None] & (dims < S.head_dim)[None, :]
+            values = tl.load(parts + places[:, None] * S.head_dim + dims[None, :], mask, other=0.0)
+            higher = tl.maximum(highest, tl.max(known))
+            weights = weigh(known, higher)
+            kept = weigh(highest, higher)
+            total = total * kept + tl.sum(weights)
+            acc = acc * kept + tl.sum(values * weights[:, None], 0)
+            highest = higher
+        total = tl.where(total > 0, total, 1.0)  # where no part saw anything, highest is -inf
+        target = row * S.num_heads + head
+        if lse is not None:
+            tl.store(lse + target, highest + tl.log(total))
+        if sinks is not None:
+            total += weigh(tl.load(sinks + head), highest)
+        acc = acc / total
+        tl.store(out + target * S.head_dim + dims, acc.to(out.dtype.element_ty), dims < S.head_dim)
+
+
+@triton.jit
+def row_of(place, query_start, tiles, S: tl.constexpr):
+    """The row that a tile's token is, and whether the tile has so many."""
     if tiles is None:
-        row = tl.load(query_start + place)
-        is_row = True
+        return tl.load(query_start + place), True
     else:
         seq = tl.load(tiles + place // S.tokens * 2)
         token = tl.load(tiles + place // S.tokens * 2 + 1) + place % S.tokens
         row = tl.load(query_start + seq) + token
-        is_row = row < tl.load(query_start + seq + 1)
-    if is_row:
-        stride = tl.num_programs(0).to(tl.int64) * S.num_heads
-        source = place * S.num_heads + head
-        part = tl.arange(0, MAX_PARTS)
-        known = tl.load(
-            part_lses + source + part * stride, mask=part < num_parts, other=float("-inf")
-        )
-        highest = tl.max(known)
-        total = tl.sum(weigh(known, highest))
-        dims = tl.arange(0, S.block_d)
-        acc = tl.full([S.block_d], 0.0, tl.float32)
-        for start in range(0, num_parts, CHUNK):
-            index = start + tl.arange(0, CHUNK)
-            of_chunk = tl.load(
-                part_lses + source + index * stride, mask=index < num_parts, other=float("-inf")
-            )
-            weight = weigh(of_chunk, highest)
-            values = tl.load(
-                parts + (source + index * stride)[:, None] * S.head_dim + dims[None, :],
-                mask=(of_chunk > float("-inf"))[:, None] & (dims < S.head_dim)[None, :],
-                other=0.0,
-            )
-            acc += tl.sum(values * weight[:, None], 0)
-        total = tl.where(total > 0, total, 1.0)  # where no part saw anything, highest is -inf
-        result = highest + tl.log(total)
-        if sinks is not None:
-            total += weigh(tl.load(sinks + head), highest)
-        target = row * S.num_heads + head
-        acc = acc / total
-        tl.store(out + target * S.head_dim + dims, acc.to(out.dtype.element_ty), dims < S.head_dim)
-        if lse is not None:
-            tl.store(lse + target, result)
+        return row, row < tl.load(query_start + seq + 1)
 
 
 @triton.jit
