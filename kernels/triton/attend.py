@@ -149,7 +149,13 @@ def store_rows(state, out, lse, sinks, row, head, live, filled, S: tl.constexpr)
 
 
 # What changes from step to step is not specialised, so that no step waits for a compiler.
-@triton.jit(do_not_specialize=["table_stride", "window"], do_not_specialize_on_alignment=["tiles"])
+@triton.jit(
+    do_not_specialize=["table_stride", "window"],
+    do_not_specialize_on_alignment=[
+        *("lse", "sinks", "query_start", "context_lens", "key_start", "key_lens"),
+        *("block_tables", "tiles"),
+    ],
+)
 def attend(
     q, kv, out, lse, sinks, query_start, context_lens, key_start, key_lens, block_tables, tiles,
     q_row, q_head, kv_block, table_stride, window, factor, inner, cap, S: tl.constexpr,

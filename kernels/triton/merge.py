@@ -26,7 +26,10 @@ def weigh(lse, highest):
     return tl.exp2((lse - tl.where(highest == float("-inf"), 0.0, highest)) * _LOG2E)
 
 
-@triton.jit(do_not_specialize=["num_parts"], do_not_specialize_on_alignment=["tiles"])
+@triton.jit(
+    do_not_specialize=["num_parts"],
+    do_not_specialize_on_alignment=["lse", "sinks", "query_start", "tiles"],
+)
 def merge_parts(
     parts, part_lses, out, lse, sinks, query_start, tiles, num_parts,
     S: tl.constexpr, CHUNK: tl.constexpr,

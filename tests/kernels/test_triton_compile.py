@@ -71,6 +71,22 @@ def test_what_most_models_launch(tmp_path: Path) -> None:
         assert not kernel["stack"] and not kernel["local"], kernel  # no register spills
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        *(
+            pytest.param(c, marks=pytest.mark.full)
+            for c in ({"window": 300}, {"num_kv_heads": 150})
+        ),
+    ],
+    ids=str,
+)
+def test_after_the_warm_up_no_step_compiles(change: dict[str, Any], tmp_path: Path) -> None:
+    (found,) = compile_cases([MAIN | {"arch": 90, "kind": "warm_up"} | change], tmp_path)
+    assert found["late"] == []
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("arch", SHARED)
 def test_the_rest(arch: int, tmp_path: Path) -> None:

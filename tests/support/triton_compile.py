@@ -11,6 +11,7 @@ JSON.
 from __future__ import annotations
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tierkv.kernels.metadata import AttentionMetadata, build_metadata
+from tierkv.kernels.metadata import AttentionMetadata, build_metadata, warm_up_steps
 from tierkv.kernels.triton import attention, copies, merge
 from tierkv.kernels.triton.tiles import Device
 
@@ -112,8 +113,36 @@ def launch_copies(k: torch.Tensor, kv: torch.Tensor, meta: AttentionMetadata) ->
     merge.merge_attention([k.float(), k.float()], [lse, lse], torch.empty(k.shape[1]))
 
 
+def late_variants(case: dict[str, Any]) -> list[str]:
+    """Attention kernels that only random steps compile, after the steps of the warm-up did."""
+    heads, size = case["num_kv_heads"], case["block_size"]
+    kv = torch.empty(1, 2, heads, size, case["head_dim"], dtype=torch.bfloat16)
+    device = Device(132, divmod(case["arch"], 10))
+
+    def variants(meta: AttentionMetadata) -> set[str]:
+        q = torch.empty(meta.num_tokens, heads * case["group"], case["head_dim"], dtype=kv.dtype)
+        options = {"scale": 0.1, "window": case.get("window")}
+        out = torch.empty_like(q)
+        kernels = compiled(
+            case["arch"], lambda: attention.attention(q, kv, meta, out, None, device, **options)
+        )
+        return {f"{kernel.metadata.name} {kernel.hash}" for kernel in kernels}
+
+    known = set().union(*(variants(meta) for meta in warm_up_steps(size, "cpu")))
+    late = set()
+    for _ in range(30):
+        contexts = [random.choice([1, 50, 700, 3000, 40_000]) for _ in range(random.randint(1, 90))]
+        queries = [1 if random.random() < 0.9 else min(c, random.randint(1, 500)) for c in contexts]
+        tables = [[0] * -(-context // size) for context in contexts]
+        late |= variants(build_metadata(queries, contexts, tables, size)) - known
+    return sorted(late)
+
+
 def main(path: str) -> None:
     for case in json.loads(Path(path).read_text()):
+        if case["kind"] == "warm_up":
+            print(json.dumps({"case": case, "late": late_variants(case)}), flush=True)
+            continue
         for kernel in compiled(case["arch"], launch_of(case)):
             print(json.dumps({"case": case, **resources(kernel)}), flush=True)
 
