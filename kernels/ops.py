@@ -83,13 +83,14 @@ def copy_blocks(pool: Tensor, src_ids: Tensor, dst_ids: Tensor, num_tokens: int)
 def copy_rows(source: Tensor, src_ids: Tensor, destination: Tensor, dst_ids: Tensor) -> None:
     """Row `dst_ids[i]` of `destination` becomes row `src_ids[i]` of `source`.
 
-    Any number of rows is one call that does not hold the interpreter lock. It runs in the calling
-    thread alone, and copies runs of neighbours (on both sides) at once where rows have no gaps.
+    Any number of rows is one call. On a CPU it does not hold the interpreter lock, runs in the
+    calling thread alone, and copies runs of neighbours (on both sides) at once where rows have no
+    gaps. On a GPU it is one asynchronous launch.
 
     Args:
         source: uint8 `[num_rows, num_bytes]`; rows may have gaps, what is inside one is contiguous.
         src_ids: int64 `[n]`.
-        destination: uint8, rows of the same size in other memory.
+        destination: uint8, rows of the same size in other memory of the same device.
         dst_ids: int64 `[n]`, distinct.
 
     Raises:
@@ -101,6 +102,8 @@ def copy_rows(source: Tensor, src_ids: Tensor, destination: Tensor, dst_ids: Ten
     if source.shape[1] != destination.shape[1]:
         sizes = f"{destination.shape[1]} bytes, those of source {source.shape[1]}"
         raise ValueError(f"destination has rows of {sizes}")
+    if destination.device != source.device:
+        raise ValueError(f"destination is on {destination.device}, expected {source.device}")
     _check(src_ids, "src_ids", (src_ids.numel(),), torch.int64, source)
     _check(dst_ids, "dst_ids", tuple(src_ids.shape), torch.int64, source)
     _of(source).copy_rows(source, src_ids, destination, dst_ids)

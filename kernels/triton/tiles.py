@@ -143,7 +143,8 @@ def decode_tile(shape: KvShape, group: int, dtype: torch.dtype, device: Device) 
     if dtype is torch.float32:
         return Tile(block_m, 16 if is_wide else 32, num_warps=8, num_stages=2)
     block_n = 32 if is_wide else 64
-    return Tile(block_m, block_n, 4, _num_stages(2 if _is_roomy(device) else 1))
+    num_warps = 4 if block_m * shape.head_dim <= 4096 else 8
+    return Tile(block_m, block_n, num_warps, _num_stages(2 if _is_roomy(device) else 1))
 
 
 def prefill_tile(shape: KvShape, group: int, dtype: torch.dtype, device: Device) -> Tile:

@@ -27,6 +27,8 @@ OTHERS: list[dict[str, Any]] = [
     {"head_dim": 80, "group": 1, "num_kv_heads": 32},
     {"head_dim": 96, "group": 1, "num_kv_heads": 32, "window": 2048},
     {"head_dim": 64, "group": 71, "num_kv_heads": 1},
+    {"head_dim": 256, "group": 48, "num_kv_heads": 1},
+    {"head_dim": 128, "group": 20, "num_kv_heads": 2},
     {"block_size": 64},
     {"block_size": 256, "dtype": "float16"},
     {"block_size": 8},
