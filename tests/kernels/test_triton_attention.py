@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from pairwise import pairwise
-from triton_steps import DEVICE, attend, bf16_products, meta_on_device, on_device
+from triton_steps import DEVICE, attend, meta_on_device, on_device
 
 from tierkv.kernels import reference
 from tierkv.kernels.metadata import build_metadata
@@ -31,12 +30,6 @@ AXES: dict[str, list[Any]] = {
     "num_sms": [1, 132],
 }
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def products() -> Iterator[None]:
-    with bf16_products():
-        yield
 
 
 def whole_grid() -> list[dict[str, Any]]:

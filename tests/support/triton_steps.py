@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +18,11 @@ from tierkv.kernels.triton.tiles import Device
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@contextmanager
-def bf16_products() -> Iterator[None]:
-    """Let the interpreter multiply bf16: it keeps the bits as integers and multiplies those."""
-    original = interpreter.InterpreterBuilder.create_dot
+def repair_the_interpreter() -> None:
+    """Make it multiply bf16, of which it keeps the bits as integers and multiplies those, and turn
+    a scalar into an index, which 3.6 cannot with a numpy of 2.5."""
+    create_dot = interpreter.InterpreterBuilder.create_dot
+    patch_attribute = interpreter._LangPatchScope.set_attr
 
     def widened(x: Any) -> Any:
         if x.dtype.scalar != tl.bfloat16:
@@ -31,14 +30,19 @@ def bf16_products() -> Iterator[None]:
         bits = x.data.astype(np.uint32) << 16
         return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return original(self, widened(a), widened(b), *rest)
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return create_dot(self, widened(a), widened(b), *rest)
 
-    interpreter.InterpreterBuilder.create_dot = create_dot
-    try:
-        yield
-    finally:
-        interpreter.InterpreterBuilder.create_dot = original
+    def set_attr(self: Any, owner: Any, name: str, value: Any) -> None:
+        if name == "__index__":
+            value = lambda scalar: scalar.handle.data.item()  # noqa: E731
+        patch_attribute(self, owner, name, value)
+
+    interpreter.InterpreterBuilder.create_dot = dot
+    interpreter._LangPatchScope.set_attr = set_attr
+
+
+repair_the_interpreter()
 
 
 def on_device(x: Tensor) -> Tensor:
