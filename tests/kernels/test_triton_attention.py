@@ -32,6 +32,17 @@ AXES: dict[str, list[Any]] = {
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
+@pytest.fixture(autouse=True)
+def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the launches allocate for partial results starts as NaN."""
+    allocate = torch.Tensor.new_empty
+
+    def poisoned(x: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
+        return allocate(x, *size, **options).fill_(torch.nan)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
 def whole_grid() -> list[dict[str, Any]]:
     """Every shape and kind of step, the rest by turns."""
     rng = random.Random(0)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -47,6 +48,18 @@ class TargetOnly:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the tensor operations between launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def compiled(arch: int, launch: Callable[[], object]) -> list[Any]:
@@ -143,8 +156,12 @@ def main(path: str) -> None:
         if case["kind"] == "warm_up":
             print(json.dumps({"case": case, "late": late_variants(case)}), flush=True)
             continue
-        for kernel in compiled(case["arch"], launch_of(case)):
-            print(json.dumps({"case": case, **resources(kernel)}), flush=True)
+        launch = launch_of(case)
+        with Recorder() as recorder:
+            kernels = compiled(case["arch"], launch)
+        for kernel in kernels:
+            found = {"case": case, "operations": sorted(recorder.names), **resources(kernel)}
+            print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
