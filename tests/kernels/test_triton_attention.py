@@ -38,7 +38,8 @@ def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     allocate = torch.Tensor.new_empty
 
     def poisoned(x: torch.Tensor, *size: Any, **options: Any) -> torch.Tensor:
-        return allocate(x, *size, **options).fill_(torch.nan)
+        found = allocate(x, *size, **options)
+        return found.fill_(torch.nan) if found.is_floating_point() else found
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
