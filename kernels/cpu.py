@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from tierkv.kernels import cpu_native, cpu_torch
@@ -60,6 +61,16 @@ def copy_rows(source: Tensor, src_ids: Tensor, destination: Tensor, dst_ids: Ten
         cpu_torch.copy_rows(source, src_ids, destination, dst_ids)
     else:
         cpu_native.copy_rows(lib, source, src_ids, destination, dst_ids)
+
+
+def gather_blocks(pool: Tensor, ids: Tensor, staging: Tensor, num_programs: int) -> None:
+    """See `ops.gather_blocks`."""
+    copy_rows(pool, ids, staging, torch.arange(len(ids)))
+
+
+def scatter_blocks(staging: Tensor, pool: Tensor, ids: Tensor, num_programs: int) -> None:
+    """See `ops.scatter_blocks`."""
+    copy_rows(staging, torch.arange(len(ids)), pool, ids)
 
 
 def attention(

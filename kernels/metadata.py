@@ -11,13 +11,16 @@ rank's share of a context) has any other range, and its partial results are comb
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_LONG = 16_384  # keys; contexts of this length are always cut into parts, if any are
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,25 @@ def build_metadata(
         key_len_list=list(key_lens),
         max_block_id=max_block_id,
     )
+
+
+def warm_up_steps(block_size: int, device: torch.device | str) -> list[AttentionMetadata]:
+    """Steps that together launch every variant of the kernels that later steps can ask for.
+
+    A kernel for a GPU is compiled when it is first launched; running these before the first
+    request spares it the wait. They read block 0 only, whatever it holds, and write nothing.
+
+    Args:
+        block_size: tokens per block.
+        device: where the tensors go.
+    """
+    steps = []
+    for keys, query_lens in itertools.product((1, _LONG), ([1], [1, 2])):
+        contexts = [max(keys, query_len) for query_len in query_lens]
+        tables = [[0] * -(-context // block_size) for context in contexts]
+        meta = build_metadata(query_lens, contexts, tables, block_size, device=device)
+        steps.append(replace(meta, slot_mapping=torch.full_like(meta.slot_mapping, -1)))
+    return steps
 
 
 def _check_lists(

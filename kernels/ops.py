@@ -7,7 +7,10 @@ caller's to use) is the caller's contract.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +22,9 @@ set_backend = cpu.set_backend
 get_backend = cpu.get_backend
 
 ACTIVATIONS = ("silu", "gelu_tanh")
+
+DEVICES = ("cpu", "cuda")
+"""Types of devices that have kernels."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,8 +41,9 @@ def write_kv(kv: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
             the row. No two rows share a slot.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong dtype, shape, stride or device, or a slot
-            lies outside kv.
+        TypeError, ValueError: an argument has the wrong dtype, shape, stride or device; on a CPU,
+            also if a slot lies outside kv. On a GPU, where nobody waits for that, such a slot
+            drops the row.
     """
     _check_kv(kv)
     rows = (k.shape[0], kv.shape[2], kv.shape[4])
@@ -45,7 +52,7 @@ def write_kv(kv: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
     _check(k, "k", rows, kv.dtype, kv)
     _check(v, "v", rows, kv.dtype, kv)
     _check(slot_mapping, "slot_mapping", rows[:1], torch.int64, kv)
-    cpu.write_kv(kv, k, v, slot_mapping)
+    _of(kv).write_kv(kv, k, v, slot_mapping)
 
 
 def copy_blocks(pool: Tensor, src_ids: Tensor, dst_ids: Tensor, num_tokens: int) -> None:
@@ -61,41 +68,74 @@ def copy_blocks(pool: Tensor, src_ids: Tensor, dst_ids: Tensor, num_tokens: int)
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, stride or device.
-        IndexError: a block id lies outside the pool.
+        IndexError: a block id lies outside the pool (on a CPU; on a GPU nobody looks).
     """
     if pool.dim() != 6 or not pool.is_contiguous():
         raise ValueError(f"pool must be contiguous with 6 dimensions, got {_layout(pool)}")
+    _check_device(pool, "pool")
     _check(src_ids, "src_ids", (src_ids.numel(),), torch.int64, pool)
     _check(dst_ids, "dst_ids", tuple(src_ids.shape), torch.int64, pool)
     if not 1 <= num_tokens <= pool.shape[4]:
         raise ValueError(f"num_tokens={num_tokens} must be in 1..block_size={pool.shape[4]}")
-    cpu.copy_blocks(pool, src_ids, dst_ids, num_tokens)
+    _of(pool).copy_blocks(pool, src_ids, dst_ids, num_tokens)
 
 
 def copy_rows(source: Tensor, src_ids: Tensor, destination: Tensor, dst_ids: Tensor) -> None:
     """Row `dst_ids[i]` of `destination` becomes row `src_ids[i]` of `source`.
 
-    Any number of rows is one call that does not hold the interpreter lock. It runs in the calling
-    thread alone, and copies runs of neighbours (on both sides) at once where rows have no gaps.
+    Any number of rows is one call. On a CPU it does not hold the interpreter lock, runs in the
+    calling thread alone, and copies runs of neighbours (on both sides) at once where rows have no
+    gaps. On a GPU it is one asynchronous launch.
 
     Args:
         source: uint8 `[num_rows, num_bytes]`; rows may have gaps, what is inside one is contiguous.
         src_ids: int64 `[n]`.
-        destination: uint8, rows of the same size in other memory.
+        destination: uint8, rows of the same size in other memory of the same device.
         dst_ids: int64 `[n]`, distinct.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, stride or device.
-        IndexError: an id names no row.
+        IndexError: an id names no row (on a CPU; on a GPU nobody looks).
     """
     _check_bytes(source, "source")
     _check_bytes(destination, "destination")
     if source.shape[1] != destination.shape[1]:
         sizes = f"{destination.shape[1]} bytes, those of source {source.shape[1]}"
         raise ValueError(f"destination has rows of {sizes}")
+    if destination.device != source.device:
+        raise ValueError(f"destination is on {destination.device}, expected {source.device}")
     _check(src_ids, "src_ids", (src_ids.numel(),), torch.int64, source)
     _check(dst_ids, "dst_ids", tuple(src_ids.shape), torch.int64, source)
-    cpu.copy_rows(source, src_ids, destination, dst_ids)
+    _of(source).copy_rows(source, src_ids, destination, dst_ids)
+
+
+def gather_blocks(pool: Tensor, ids: Tensor, staging: Tensor, *, num_programs: int = 8) -> None:
+    """Row `i` of `staging` becomes row `ids[i]` of `pool`: many small blocks side by side.
+
+    On a GPU it is one asynchronous launch on the current stream. The staging memory is the GPU's,
+    or pinned memory of the host, which it then writes through the bus.
+
+    Args:
+        pool: uint8 `[num_blocks, block_bytes]`; blocks may have gaps.
+        ids: int64 `[n]`, on pool's device.
+        staging: uint8 `[n or more, block_bytes]`, on pool's device or pinned.
+        num_programs: thread blocks that may run at once on a GPU; few leave it to other work.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, stride or device.
+        IndexError: an id names no block (on a CPU; on a GPU nobody looks).
+    """
+    _check_staging(pool, ids, staging, num_programs)
+    _of(pool).gather_blocks(pool, ids, staging, num_programs)
+
+
+def scatter_blocks(staging: Tensor, pool: Tensor, ids: Tensor, *, num_programs: int = 8) -> None:
+    """Row `ids[i]` of `pool` becomes row `i` of `staging`: the reverse of `gather_blocks`.
+
+    Args, Raises: as there; ids are distinct.
+    """
+    _check_staging(pool, ids, staging, num_programs)
+    _of(pool).scatter_blocks(staging, pool, ids, num_programs)
 
 
 def paged_attention(
@@ -118,7 +158,7 @@ def paged_attention(
         kv: `[num_blocks, 2, num_kv_heads, block_size, head_dim]`; head h reads KV head
             `h // (num_heads // num_kv_heads)`.
         meta: the step, from `build_metadata`.
-        scale: factor on the scores.
+        scale: factor on the scores, positive.
         window: a row at position p sees keys with `p - window < position <= p`.
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
         sinks: `[num_heads]`, logits of one more softmax column without a value (gpt-oss).
@@ -131,7 +171,7 @@ def paged_attention(
         TypeError, ValueError: an argument has the wrong dtype, shape, stride or device, or meta
             names blocks outside kv.
     """
-    _check_attention(q, kv, meta, window, softcap)
+    _check_attention(q, kv, meta, scale, window, softcap)
     if sinks is not None:
         sinks = _check_sinks(sinks, q)
     if out is None:
@@ -140,7 +180,8 @@ def paged_attention(
         _check(out, "out", tuple(q.shape), q.dtype, q)
         if not out.is_contiguous():
             raise ValueError(f"out must be contiguous, got {_layout(out)}")
-    cpu.attention(q, kv, meta, out, None, scale=scale, window=window, softcap=softcap, sinks=sinks)
+    options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    _of(kv).attention(q, kv, meta, out, None, **options)
     return out
 
 
@@ -165,10 +206,10 @@ def partial_attention(
     Raises:
         TypeError, ValueError: as `paged_attention`.
     """
-    _check_attention(q, kv, meta, window, softcap)
+    _check_attention(q, kv, meta, scale, window, softcap)
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    cpu.attention(q, kv, meta, out, lse, scale=scale, window=window, softcap=softcap)
+    _of(kv).attention(q, kv, meta, out, lse, scale=scale, window=window, softcap=softcap)
     return out, lse
 
 
@@ -198,7 +239,8 @@ def merge_attention(
         _check(lse, f"lses[{index}]", shape[:2], torch.float32, outs[0])
     if sinks is not None:
         sinks = _check_sinks(sinks, outs[0])
-    return cpu.merge_attention(outs, lses, sinks)
+    merged: tuple[Tensor, Tensor] = _of(outs[0]).merge_attention(outs, lses, sinks)
+    return merged
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, round_first: bool) -> Tensor:
@@ -217,11 +259,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, round_first: bool) -> Ten
         TypeError, ValueError: an argument has the wrong dtype, shape, stride or device.
     """
     _check_rows(x)
-    if weight.shape != x.shape[-1:] or not weight.is_contiguous() or not weight.is_cpu:
-        raise ValueError(f"weight must be [{x.shape[-1]}] on cpu, contiguous: {_layout(weight)}")
-    if weight.dtype is not torch.float32:
-        raise TypeError(f"weight has dtype {weight.dtype}, expected {torch.float32}")
-    return cpu.rms_norm(x, weight, eps, round_first)
+    _check(weight, "weight", tuple(x.shape[-1:]), torch.float32, x)
+    if not weight.is_contiguous():
+        raise ValueError(f"weight must be contiguous, got {_layout(weight)}")
+    normed: Tensor = _of(x).rms_norm(x, weight, eps, round_first)
+    return normed
 
 
 def act_and_mul(x: Tensor, activation: str) -> Tensor:
@@ -242,7 +284,8 @@ def act_and_mul(x: Tensor, activation: str) -> Tensor:
         raise ValueError(f"x must have an even last dimension, got {_layout(x)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r} must be one of {', '.join(ACTIVATIONS)}")
-    return cpu.act_and_mul(x, activation)
+    product: Tensor = _of(x).act_and_mul(x, activation)
+    return product
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,13 +308,40 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     _check(k, "k", (k.shape[0], *q.shape[1:]), q.dtype, q)
     _check(cos, "cos", tuple(q.shape[1:]), q.dtype, q)
     _check(sin, "sin", tuple(q.shape[1:]), q.dtype, q)
-    return cpu.rotate(q, k, cos, sin)
+    turned: tuple[Tensor, Tensor] = _of(q).rotate(q, k, cos, sin)
+    return turned
+
+
+def _of(x: Tensor) -> Any:
+    """The module with the implementations for the tensor's device."""
+    return cpu if x.device.type == "cpu" else _cuda()
+
+
+@functools.cache
+def _cuda() -> Any:
+    """The module for CUDA tensors; imports Triton, which nothing else needs.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    try:
+        return importlib.import_module("tierkv.kernels.cuda")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        fix = "install it with torch's CUDA build, or by `pip install tierkv[cuda]`"
+        raise ImportError(f"tensors on a GPU need Triton, which is not installed; {fix}") from None
+
+
+def _check_device(x: Tensor, name: str) -> None:
+    """Raise unless x is on a device that has an implementation."""
+    if x.device.type not in DEVICES:
+        raise ValueError(f"{name} is on {x.device}; there are kernels for {' and '.join(DEVICES)}")
 
 
 def _check_rows(x: Tensor) -> None:
     """Raise unless x is made of rows on a device that has an implementation."""
-    if not x.is_cpu:
-        raise ValueError(f"x is on {x.device}; there are kernels for cpu only")
+    _check_device(x, "x")
     if x.dtype not in _FLOATS:
         raise TypeError(f"x has dtype {x.dtype}, expected one of {_FLOATS}")
     if not x.dim() or not x.shape[-1]:
@@ -280,16 +350,34 @@ def _check_rows(x: Tensor) -> None:
 
 def _check_bytes(x: Tensor, name: str) -> None:
     """Raise unless x is a table of rows of bytes on a device that has an implementation."""
-    if not x.is_cpu:
-        raise ValueError(f"{name} is on {x.device}; there are kernels for cpu only")
+    _check_device(x, name)
     if x.dtype is not torch.uint8:
         raise TypeError(f"{name} has dtype {x.dtype}, expected {torch.uint8}")
     if x.dim() != 2 or x.stride(1) != 1 or x.stride(0) < x.shape[1]:
         raise ValueError(f"{name} must have rows of contiguous bytes, got {_layout(x)}")
 
 
+def _check_staging(pool: Tensor, ids: Tensor, staging: Tensor, num_programs: int) -> None:
+    """Raise unless the arguments of gathering and scattering fit together."""
+    _check_bytes(pool, "pool")
+    _check_bytes(staging, "staging")
+    _check(ids, "ids", (ids.numel(),), torch.int64, pool)
+    if staging.shape[1] != pool.shape[1] or staging.shape[0] < len(ids):
+        wanted = f"{len(ids)} rows or more of {pool.shape[1]} bytes"
+        raise ValueError(f"staging has shape {list(staging.shape)}, expected {wanted}")
+    if staging.device != pool.device and not (pool.is_cuda and staging.is_pinned()):
+        raise ValueError(f"staging is on {staging.device}, expected {pool.device} or pinned memory")
+    if num_programs < 1:
+        raise ValueError(f"num_programs must be at least 1, got {num_programs}")
+
+
 def _check_attention(
-    q: Tensor, kv: Tensor, meta: AttentionMetadata, window: int | None, softcap: float | None
+    q: Tensor,
+    kv: Tensor,
+    meta: AttentionMetadata,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
 ) -> None:
     """Raise unless the arguments that both attention ops share fit together."""
     _check_kv(kv)
@@ -307,6 +395,8 @@ def _check_attention(
         raise ValueError(f"meta names block {meta.max_block_id}, kv has {kv.shape[0]} blocks")
     if meta.query_start.device != kv.device:
         raise ValueError(f"meta is on {meta.query_start.device}, kv on {kv.device}")
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     if softcap is not None and not softcap > 0:
@@ -315,8 +405,7 @@ def _check_attention(
 
 def _check_kv(kv: Tensor) -> None:
     """Raise unless kv is one layer's view of a pool on a device that has an implementation."""
-    if kv.device.type != "cpu":
-        raise ValueError(f"kv is on {kv.device}; there are kernels for cpu only")
+    _check_device(kv, "kv")
     if kv.dtype not in _FLOATS:
         raise TypeError(f"kv has dtype {kv.dtype}, expected one of {_FLOATS}")
     if kv.dim() != 5 or kv.shape[1] != 2:

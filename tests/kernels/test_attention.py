@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from pairwise import pairwise
 
 from tierkv.kernels import ops, reference
 from tierkv.kernels.metadata import build_metadata
@@ -23,29 +24,6 @@ AXES: dict[str, list[Any]] = {
     "lengths": ["decode", "prefill", "mixed", "one", "drafts"],
 }
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-
-
-def pairwise(axes: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Cases that together hold every pair of values of every two axes (greedy, deterministic)."""
-    names, rng = list(axes), random.Random(0)
-    missing = {
-        (a, i, b, j)
-        for a, b in itertools.combinations(range(len(names)), 2)
-        for i in range(len(axes[names[a]]))
-        for j in range(len(axes[names[b]]))
-    }
-    cases = []
-    while missing:
-        draws = [[rng.randrange(len(values)) for values in axes.values()] for _ in range(60)]
-        covered = [
-            {(a, d[a], b, d[b]) for a, b in itertools.combinations(range(len(names)), 2)}
-            for d in draws
-        ]
-        best = max(range(len(draws)), key=lambda i: len(covered[i] & missing))
-        if covered[best] & missing:
-            missing -= covered[best]
-            cases.append({n: axes[n][i] for n, i in zip(names, draws[best], strict=True)})
-    return cases
 
 
 def draw_lengths(kind: str, rng: random.Random) -> tuple[list[int], list[int]]:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierkv.kernels.metadata import build_metadata
+from tierkv.kernels import ops
+from tierkv.kernels.metadata import build_metadata, warm_up_steps
 
 
 @st.composite
@@ -88,3 +89,15 @@ def test_refuses_what_does_not_fit(arguments, message) -> None:
 def test_refuses_a_negative_segment() -> None:
     with pytest.raises(ValueError, match="key_starts"):
         build_metadata([1], [3], [[0]], 4, key_starts=[-1])
+
+
+def test_warm_up_steps_write_nothing_and_read_one_block() -> None:
+    steps = warm_up_steps(16, "cpu")
+    assert len(steps) == 4
+    for meta in steps:
+        assert meta.max_block_id == 0 and (meta.slot_mapping == -1).all()
+        pool = torch.randn(1, 2, 1, 16, 32)
+        before = pool.clone()
+        ops.write_kv(pool, *torch.randn(2, meta.num_tokens, 1, 32), meta.slot_mapping)
+        out = ops.paged_attention(torch.randn(meta.num_tokens, 1, 32), pool, meta, scale=1.0)
+        assert torch.equal(pool, before) and out.isfinite().all()
