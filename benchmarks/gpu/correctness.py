@@ -143,6 +143,12 @@ def moving_errors(setup: Setup) -> dict[str, float]:
     ops.copy_blocks(pool, ids[:10].to(setup.device), ids[10:].to(setup.device), size)
     reference.copy_blocks(expected, ids[:10], ids[10:], size)
     found["copy_blocks"] = _unequal(pool, expected)
+    rows = pool.view(torch.uint8).view(blocks, -1)
+    staging = torch.zeros_like(rows[:10])
+    ops.gather_blocks(rows, ids[:10].to(setup.device), staging)
+    found["gather_blocks"] = _unequal(staging, rows.cpu()[ids[:10]])
+    ops.scatter_blocks(staging, rows, ids[10:].to(setup.device))
+    found["scatter_blocks"] = _unequal(rows[ids[10:].to(setup.device)], staging.cpu())
     return found
 
 

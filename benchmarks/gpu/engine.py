@@ -94,6 +94,7 @@ def token_settings(setup: Setup, folder: Path) -> dict[str, dict[str, Any]]:
     return {
         "blocks of 16": {"num_gpu_blocks": 400},
         "blocks of 64": {"num_gpu_blocks": 100, "block_size": 64},
+        "no graphs": {"num_gpu_blocks": 400, "enforce_eager": True},
         "tiers, swap": {**tiers, "preemption_mode": "swap"},
         "tiers, recompute": {**tiers, "preemption_mode": "recompute"},
     }

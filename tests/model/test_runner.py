@@ -150,3 +150,11 @@ def test_the_context_ends_with_the_step(loaded: LoadedModel) -> None:
         _ = 1 / 0
     with pytest.raises(InvariantError):
         loaded.model(input_ids=torch.tensor([[1, 2]]), use_cache=False)
+
+
+def test_a_warm_up_changes_nothing(loaded: LoadedModel) -> None:
+    runner = make_runner(loaded, 16, 4)
+    runner.pool.tensor.copy_(torch.randn_like(runner.pool.tensor))
+    before = runner.pool.tensor.clone()
+    runner.warm_up()
+    assert torch.equal(runner.pool.tensor, before)

@@ -59,7 +59,7 @@ def build_engine(config: EngineConfig) -> EngineCore:
     logger.debug("attention kernels: %s", get_backend())  # compiled now, not in the first request
     _log_start(info, layout)
     runner = ModelRunner(loaded, pool)
-    _capture(config, runner, info.max_model_len)
+    _prepare(config, runner, info.max_model_len)
     tiers = None
     if config.offload is not None:
         cost = measure_compute(loaded, layout)
@@ -110,10 +110,13 @@ def _free_bytes(config: EngineConfig, loaded: LoadedModel, layout: KVLayout) -> 
     return found.room(config.gpu_memory_utilization, layout.block_bytes)
 
 
-def _capture(config: EngineConfig, runner: ModelRunner, max_model_len: int) -> None:
-    """Decode steps as graphs, on a GPU."""
+def _prepare(config: EngineConfig, runner: ModelRunner, max_model_len: int) -> None:
+    """On a GPU: compile the kernels now, and let decode steps be graphs."""
     device = runner.loaded.device
-    if config.enforce_eager or device.type == "cpu":
+    if device.type == "cpu":
+        return
+    runner.warm_up()
+    if config.enforce_eager:
         return
     asked = config.cuda_graph_sizes
     sizes = batch_sizes(

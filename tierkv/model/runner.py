@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tierkv.cache.pools import GpuPool
 from tierkv.errors import ConfigError
+from tierkv.kernels.metadata import warm_up_steps
 from tierkv.kernels.ops import copy_blocks
 from tierkv.model.attention import StepContext, current_step
 from tierkv.model.graphs import DecodeBuffers, DecodeGraphs, GraphBackend
@@ -59,6 +60,13 @@ class ModelRunner:
             if self.graphs is not None and self.graphs.can_run(inputs):
                 return self.graphs.run(inputs)
             return self.forward(inputs.to(self.loaded.device))
+
+    def warm_up(self) -> None:
+        """Have every kernel compiled that a step can ask for; reads block 0 and writes none."""
+        device = self.pool.device
+        for meta in warm_up_steps(self.pool.layout.block_size, device):
+            zeros = torch.zeros(1, meta.num_tokens, dtype=torch.int64, device=device)
+            self.forward(StepInputs(zeros, zeros, meta, zeros[0, :1]))
 
     def capture(self, sizes: Sequence[int], max_model_len: int, backend: GraphBackend) -> None:
         """Let steps of decode rows replay graphs from now on, if the model can be captured.

@@ -2,7 +2,7 @@
 
     many copies        cudaMemcpyBatchAsync, one call (CUDA 12.8 and later: cuda-bindings)
                        else one cudaMemcpyAsync each (`Tensor.copy_` on the stream)
-    few large gathers  index_select and index_copy_ on the stream
+    few large gathers  the kernels gather_blocks and scatter_blocks on the stream
     registration       cudaHostRegister, not torch's allocator of pinned memory, which rounds up to
                        a power of two
 
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from tierkv.cache.cuda.streams import Event, Stream
 from tierkv.errors import DeviceError
+from tierkv.kernels import ops
 
 logger = logging.getLogger(__name__)
 
@@ -110,11 +111,11 @@ class TorchDevice:
 
     def gather(self, stream: Stream, rows: Tensor, froms: Sequence[int], out: Tensor) -> None:
         with _doing("gather blocks"), _cuda.stream(stream):
-            torch.index_select(_words(rows), 0, self._ids(froms), out=_words(out))
+            ops.gather_blocks(rows, self._ids(froms), out)
 
     def scatter(self, stream: Stream, source: Tensor, rows: Tensor, tos: Sequence[int]) -> None:
         with _doing("scatter blocks"), _cuda.stream(stream):
-            _words(rows).index_copy_(0, self._ids(tos), _words(source))
+            ops.scatter_blocks(source, rows, self._ids(tos))
 
     def empty(self, num_rows: int, num_bytes: int) -> Tensor:
         with _doing(f"allocate {num_rows * num_bytes} bytes"):
@@ -189,12 +190,6 @@ class TorchDevice:
 def _addresses(rows: Tensor, slots: Sequence[int]) -> list[int]:
     start, stride = rows.data_ptr(), rows.stride(0)
     return [start + slot * stride for slot in slots]
-
-
-def _words(rows: Tensor) -> Tensor:
-    """The rows in the widest words that they are made of."""
-    whole = rows.shape[1] % 8 == 0 and rows.stride(0) % 8 == 0 and rows.data_ptr() % 8 == 0
-    return rows.view(torch.int64) if whole else rows
 
 
 def _load_runtime(index: int) -> Any:
