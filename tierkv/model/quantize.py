@@ -40,7 +40,7 @@ def check_quantization(name: str | None, device: torch.device) -> None:
         fix = f"needs a GPU of compute capability {wanted}, this one has {has}: leave it out"
         raise ConfigError("quantization", name, fix)
     if importlib.util.find_spec("torchao") is None:
-        raise ConfigError("quantization", name, "needs torchao: pip install torchao")
+        raise ConfigError("quantization", name, "needs torchao: pip install 'tierkv[fp8]'")
 
 
 def quantize(model: PreTrainedModel, name: str) -> int:
