@@ -96,6 +96,7 @@ class EngineConfig:
         True, "probe 40 tokens against transformers' eager attention when loading"
     )
     num_threads: int | None = option(None, "CPU threads of the model; default: all cores allowed")
+    tensor_parallel_size: int = option(1, "processes, each with a GPU, that share the model")
 
     max_model_len: int | None = option(
         None, "longest prompt + output in tokens; default: the model's, as far as the pool allows"
@@ -192,6 +193,7 @@ class EngineConfig:
             "max_model_len",
             "num_gpu_blocks",
             "num_threads",
+            "tensor_parallel_size",
             "time_slice",
         ):
             value = getattr(self, name)

@@ -17,7 +17,8 @@ def model_fingerprint(model: nn.Module, config: Any, variant: str) -> bytes:
     """16 bytes over the config (rope, attention, quantisation), a variant and every weight.
 
     Weights count by content, not by file, so the same model has the same fingerprint wherever its
-    files lie and whatever device it runs on. Each is read once, at memory speed.
+    files lie, whatever device it runs on and however many ranks share it. Each is read once, at
+    memory speed.
 
     Args:
         model: with its weights as they were loaded.
@@ -28,8 +29,14 @@ def model_fingerprint(model: nn.Module, config: Any, variant: str) -> bytes:
     digest.update(json.dumps(_plain(config.to_dict()), sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"|{name}|{weight.dtype}|{tuple(weight.shape)}|".encode())
-        digest.update(_content(weight))
+        digest.update(_content(_whole(weight)))
     return digest.digest()
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """The weight; of one that ranks share, all of it, so all must ask at the same time."""
+    gather = getattr(weight, "full_tensor", None)
+    return weight if gather is None else gather()  # type: ignore[no-any-return]
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
