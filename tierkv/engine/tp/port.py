@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class TpPort:
         parts += [worker.read(tier, slot, key) for worker in self._group.workers]
         waiting, lock = set(range(len(parts))), threading.Lock()
 
-        def note(rank: int) -> None:
+        def note(rank: int, _: Future[bytes | None]) -> None:
             with lock:
                 waiting.discard(rank)
                 if waiting or found.done():
@@ -66,7 +67,7 @@ class TpPort:
                 found.set_result(self._join([part.result() for part in parts]))
 
         for rank, part in enumerate(parts):
-            part.add_done_callback(lambda _, rank=rank: note(rank))
+            part.add_done_callback(partial(note, rank))
         return found
 
     def _join(self, parts: list[bytes | None]) -> bytes | None:

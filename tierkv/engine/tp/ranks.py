@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 from tierkv.config import EngineConfig
 from tierkv.errors import ConfigError
@@ -38,18 +39,18 @@ def check_ranks(config: EngineConfig) -> None:
         raise ConfigError("device", config.device, fix)
 
 
-def make_store(size: int) -> dist.TCPStore:
+def make_store(size: int) -> TCPStore:
     """Where the ranks meet: on a free port of the loopback interface, held by rank 0."""
     timeout = timedelta(seconds=SETUP_S)
-    return dist.TCPStore(_HOST, 0, size, True, timeout, wait_for_workers=False)
+    return TCPStore(_HOST, 0, size, True, timeout, wait_for_workers=False)
 
 
-def find_store(port: int, size: int) -> dist.TCPStore:
+def find_store(port: int, size: int) -> TCPStore:
     """The same one, from a worker."""
-    return dist.TCPStore(_HOST, port, size, False, timedelta(seconds=SETUP_S))
+    return TCPStore(_HOST, port, size, False, timedelta(seconds=SETUP_S))
 
 
-def join(store: dist.Store, shard: Shard, device: str) -> None:
+def join(store: Store, shard: Shard, device: str) -> None:
     """Become one of the ranks; returns when all have.
 
     Raises:

@@ -197,7 +197,7 @@ def main(rank: int, size: int, descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()
     connection = Connection(descriptor)
     worker = RankWorker(Shard(rank, size), connection)
     status = 0
