@@ -82,7 +82,7 @@ def _assemble(config: EngineConfig, group: TpGroup | None) -> EngineCore:
     runner = ModelRunner(loaded, pool)
     _capture(config, runner, info.max_model_len)
     executor: Executor = runner
-    tiers = _open_tiers(config, loaded, layout, pool, group)
+    tiers = _open_tiers(config, loaded, pool, group, whole)
     info.tiers = tiers.lines if tiers is not None else []
     port: BlockPort = TierPort(pool, *((tiers.arena, tiers.store) if tiers is not None else ()))
     if group is not None:
@@ -124,22 +124,22 @@ def _whole_layout(loaded: LoadedModel, layout: KVLayout) -> KVLayout:
 def _open_tiers(
     config: EngineConfig,
     loaded: LoadedModel,
-    layout: KVLayout,
     pool: GpuPool,
     group: TpGroup | None,
+    whole: KVLayout,
 ) -> LowerTierSetup | None:
     """The tiers below the pool, if there are any; what all ranks have of them."""
     if config.offload is None:
         return None
     if group is not None:
         group.tell("calibrate")
-    cost = measure_compute(loaded, layout)
-    open_own = partial(open_tiers, config, layout, loaded.fingerprint, pool, cost)
+    cost = measure_compute(loaded, pool.layout)
+    open_own = partial(open_tiers, config, pool.layout, loaded.fingerprint, pool, cost)
     if group is None:
         return open_own()
     from tierkv.engine.tp.common import open_common
 
-    return open_common(config, group, open_own)
+    return open_common(config, group, whole.block_bytes, open_own)
 
 
 def grammars(config: EngineConfig, info: EngineInfo) -> GrammarCompiler:

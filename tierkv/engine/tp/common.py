@@ -62,13 +62,17 @@ def erase_stored(tiers: LowerTierSetup | None, slots: list[int]) -> None:
 
 
 def open_common(
-    config: EngineConfig, group: TpGroup, open_own: Callable[[], LowerTierSetup | None]
+    config: EngineConfig,
+    group: TpGroup,
+    block_bytes: int,
+    open_own: Callable[[], LowerTierSetup | None],
 ) -> LowerTierSetup | None:
     """Open the tiers of all ranks; None when there is none that every rank has.
 
     Args:
         config: the options.
         group: the other ranks.
+        block_bytes: of a whole block, which is what limits, costs and metrics count.
         open_own: opens rank 0's.
 
     Raises:
@@ -77,7 +81,7 @@ def open_common(
     group.tell("open_tiers")
     tiers = open_own()
     try:
-        common = _join(tiers, group)
+        common = _join(tiers, group, block_bytes)
         if common is None and config.oversubscribe:
             fix = "needs a tier to swap to, and there is none that all ranks have"
             raise ConfigError("oversubscribe", True, fix)
@@ -90,7 +94,7 @@ def open_common(
     return common
 
 
-def _join(tiers: LowerTierSetup | None, group: TpGroup) -> LowerTierSetup | None:
+def _join(tiers: LowerTierSetup | None, group: TpGroup, block_bytes: int) -> LowerTierSetup | None:
     """Erase what is not common, and put the rest together."""
     all_ranks = [describe(tiers), *group.replies()]
     common = common_tiers(all_ranks)
@@ -103,7 +107,8 @@ def _join(tiers: LowerTierSetup | None, group: TpGroup) -> LowerTierSetup | None
         logger.warning("%d stored blocks are erased: not every rank has them", num)
     if tiers is None or not common.capacities:
         return None
-    return _joined(tiers, group, common)
+    tiers.cost.block_bytes = block_bytes
+    return dataclasses.replace(_joined(tiers, group, common), slot_bytes=block_bytes)
 
 
 def _joined(tiers: LowerTierSetup, group: TpGroup, common: RankTiers) -> LowerTierSetup:

@@ -137,6 +137,8 @@ class Worker:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         self._connection.close()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
 
     # ------------------------------------------------------------------ its messages
 
