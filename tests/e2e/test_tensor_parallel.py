@@ -29,6 +29,8 @@ from tierkv.engine.tp.group import TpGroup
 from tierkv.errors import ConfigError, EngineDeadError
 from tierkv.storage.root import list_stores
 
+pytest.importorskip("accelerate", reason="transformers shards weights with it")
+
 VOCAB_SIZE = 212  # some releases of transformers divide it by the number of ranks
 BLOCK_SIZE = 4
 HEADER_BYTES = 4096
@@ -106,9 +108,11 @@ def worker_of(core: EngineCore) -> subprocess.Popen[bytes]:
 def until(happened: Callable[[], bool], limit_s: float = 60.0) -> bool:
     """Wait for something that is due; the limit only ends a test that has failed."""
     end = time.monotonic() + limit_s
-    while not happened() and time.monotonic() < end:
+    while time.monotonic() < end:
+        if happened():
+            return True
         time.sleep(0.01)
-    return happened()
+    return False
 
 
 def has_ended(pid: int) -> bool:

@@ -102,7 +102,8 @@ def _can_widen(model: nn.Module) -> bool:
     """Small enough to be held in fp32 as well, and its weights still plain tensors."""
     num_parameters = sum(weight.numel() for weight in model.parameters())
     is_packed = any(isinstance(module, PackedLinear) for module in model.modules())
-    return num_parameters <= _FLOAT32_PARAMETERS and not is_packed
+    is_shared = any(hasattr(weight, "full_tensor") for weight in model.parameters())
+    return num_parameters <= _FLOAT32_PARAMETERS and not is_packed and not is_shared
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -115,7 +116,11 @@ def _joined(tiers: LowerTierSetup, group: TpGroup, common: RankTiers) -> LowerTi
     kept = set(common.stored)
     mover = TpMover([tiers.mover, *(worker.mover for worker in group.workers)])
 
+    owner = os.getpid()
+
     def close() -> None:
+        if os.getpid() != owner:
+            return  # a fork that ends must not close what its parent goes on using
         for worker in group.workers:
             worker.mover.close()
         tiers.close()

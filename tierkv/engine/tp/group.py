@@ -276,8 +276,9 @@ class TpGroup:
     def __init__(self, config: EngineConfig) -> None:
         ranks.check_ranks(config)
         self.size = config.tensor_parallel_size
-        self._device = config.device
+        self._device = ranks.device_of(config)
         self._owner = os.getpid()
+        self._num_threads: int | None = None
         self.workers: list[Worker] = []
         store = ranks.make_store(self.size)
         try:
@@ -285,11 +286,11 @@ class TpGroup:
                 self.workers.append(Worker(Shard(rank, self.size), self._give_up))
             self.tell("start", config, store.port)
             self.replies(ranks.SETUP_S)
-            ranks.join(store, self.shard, config.device)
+            ranks.join(store, self.shard, self._device)
         except BaseException:
             self.close(0.0)
             raise
-        ranks.set_threads(config)
+        self._num_threads = ranks.share_threads(config)
 
     @property
     def shard(self) -> Shard:
@@ -352,7 +353,7 @@ class TpGroup:
         end_s = time.monotonic() + timeout_s
         for worker in workers:
             worker.wait(end_s - time.monotonic())
-        ranks.leave()
+        ranks.leave(self._num_threads)
 
 
 def _launch(shard: Shard) -> tuple[subprocess.Popen[bytes], Connection]:

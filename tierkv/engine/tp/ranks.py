@@ -27,16 +27,23 @@ _INTERFACE = "GLOO_SOCKET_IFNAME"
 def check_ranks(config: EngineConfig) -> None:
     """Raise ConfigError unless this process can be the first of several ranks."""
     size = config.tensor_parallel_size
-    check_package(size)
     if dist.is_initialized():
         fix = "torch.distributed is in use in this process, by another engine say; close that first"
         raise ConfigError(OPTION, size, fix)
     num_gpus = torch.cuda.device_count()
-    if config.device == "cuda" and num_gpus < size:
+    if device_of(config) == "cuda" and num_gpus < size:
         raise ConfigError(OPTION, size, f"there are {num_gpus} GPUs; choose at most that")
-    if config.device != "cuda" and num_gpus:
+    if device_of(config) == "cpu" and num_gpus:
         fix = "ranks on a machine with GPUs use these: set device=cuda, or CUDA_VISIBLE_DEVICES=''"
         raise ConfigError("device", config.device, fix)
+    check_package(size)
+
+
+def device_of(config: EngineConfig) -> str:
+    """Where the ranks compute: what was asked for, or GPUs if there are any."""
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device
 
 
 def make_store(size: int) -> TCPStore:
@@ -86,8 +93,10 @@ def _loopback() -> Iterator[None]:
         del os.environ[_INTERFACE]
 
 
-def leave() -> None:
-    """Be a process of its own again."""
+def leave(num_threads: int | None) -> None:
+    """Be a process of its own again, with so many threads for the CPU."""
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -98,7 +107,10 @@ def give_up(device: str) -> None:
         dist.distributed_c10d._abort_process_group()
 
 
-def set_threads(config: EngineConfig) -> None:
-    """Divide the CPU's threads among the ranks, unless the options say how many each has."""
+def share_threads(config: EngineConfig) -> int:
+    """Divide the CPU's threads among the ranks, unless the options say how many each has; returns
+    how many this process had."""
+    before = torch.get_num_threads()
     if config.num_threads is None:
-        torch.set_num_threads(max(1, torch.get_num_threads() // config.tensor_parallel_size))
+        torch.set_num_threads(max(1, before // config.tensor_parallel_size))
+    return before

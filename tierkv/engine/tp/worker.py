@@ -92,8 +92,8 @@ class RankWorker:
         self._config = config
         store = ranks.find_store(port, self._shard.size)
         self._send("reply", True)
-        ranks.join(store, self._shard, config.device)
-        ranks.set_threads(config)
+        ranks.join(store, self._shard, ranks.device_of(config))
+        ranks.share_threads(config)
 
     def do_load(self) -> None:
         """Load this rank's part; answers how many blocks its memory allows."""
