@@ -176,8 +176,9 @@ def test_tiers_of_two_ranks(model: Path, tiers: dict[str, Any], tmp_path: Path) 
         metrics = core.metrics()
         assert core.cache.residency.tiers.keys() == {*core.cache.evictors}
         own = next(line for line in core.info.tiers if line.startswith("nvme"))
-    for name in ("swaps", "moves_gpu_cpu", "moves_cpu_gpu", "moves_gpu_nvme"):
+    for name in ("swaps", "moves_gpu_cpu", "moves_cpu_gpu"):
         assert metrics[name] > 0, name
+    assert metrics["moves_gpu_nvme"] + metrics["moves_cpu_nvme"] > 0
     (taken,) = [s.path for s in list_stores(tmp_path) if str(s.path) in own]
     assert damage(tmp_path, taken) > 10
     with engine(model, 2, **tiers) as core:

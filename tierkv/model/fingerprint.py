@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tierkv.model.shard import whole_weight
+
 _LANES = 512
 _IGNORED = frozenset({"_name_or_path", "name_or_path", "transformers_version", "torch_dtype"})
 
@@ -29,14 +31,8 @@ def model_fingerprint(model: nn.Module, config: Any, variant: str) -> bytes:
     digest.update(json.dumps(_plain(config.to_dict()), sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"|{name}|{weight.dtype}|{tuple(weight.shape)}|".encode())
-        digest.update(_content(_whole(weight)))
+        digest.update(_content(whole_weight(weight)))
     return digest.digest()
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """The weight; of one that ranks share, all of it, so all must ask at the same time."""
-    gather = getattr(weight, "full_tensor", None)
-    return weight if gather is None else gather()
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

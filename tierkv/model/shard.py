@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from tierkv.errors import ConfigError, UnsupportedModelError
 
 OPTION = "tensor_parallel_size"
@@ -73,6 +76,36 @@ def sharded(shard: Shard) -> dict[str, Any]:
     from transformers.distributed import DistributedConfig
 
     return {"distributed_config": DistributedConfig(tp_size=shard.size)}
+
+
+def is_shared(weight: Tensor) -> bool:
+    """Whether this rank has a part of the weight only."""
+    return hasattr(weight, "full_tensor")
+
+
+def whole_weight(weight: Tensor) -> Tensor:
+    """The weight; of one that ranks share, all of it, so all must ask at the same time."""
+    if not is_shared(weight):
+        return weight
+    shared: Any = weight
+    (placement,) = shared.placements
+    num_parts, size = getattr(placement, "split_factor", 1), shared.device_mesh.size()
+    if num_parts == 1 or shared.shape[placement.dim] % (num_parts * size):
+        whole: Tensor = shared.full_tensor()
+        return whole
+    return _interleaved(shared, placement.dim, num_parts, size)
+
+
+def _interleaved(shared: Any, dim: int, num_parts: int, size: int) -> Tensor:
+    """A weight of several parts (gate and up projections in one), each cut among the ranks.
+
+    `full_tensor` of torch 2.11 refuses such a placement.
+    """
+    local: Tensor = shared.to_local().contiguous()
+    found = [torch.empty_like(local) for _ in range(size)]
+    torch.distributed.all_gather(found, local, group=shared.device_mesh.get_group())
+    pieces = [of_rank.chunk(num_parts, dim) for of_rank in found]
+    return torch.cat([piece[part] for part in range(num_parts) for piece in pieces], dim)
 
 
 @contextmanager
