@@ -7,11 +7,13 @@ import random
 from dataclasses import dataclass, field, replace
 
 import pytest
+import torch
 from tiny_models import FAMILIES
 
 from tierkv.cache.layout import KVLayout
 from tierkv.config import EngineConfig
 from tierkv.engine.plan import Plan, PlanRow
+from tierkv.engine.tp import ranks
 from tierkv.engine.tp.common import RankTiers, common_tiers
 from tierkv.engine.tp.port import join_block, split_block
 from tierkv.engine.tp.ranks import check_ranks
@@ -142,8 +144,27 @@ def test_models_that_can() -> None:
 def test_options_that_cannot_be_met() -> None:
     with pytest.raises(ConfigError, match="tensor_parallel_size=0: must be a whole number"):
         EngineConfig(tensor_parallel_size=0)
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size=999: there are \d+ GPUs"):
-        check_ranks(EngineConfig(tensor_parallel_size=999, device="cuda"))
+    on_cpu = {"tensor_parallel_size": 2, "device": "cpu"}
+    with pytest.raises(ConfigError, match="cuda_graph_sizes='1,2': steps of several ranks"):
+        check_ranks(EngineConfig(cuda_graph_sizes="1,2", **on_cpu))
+    with pytest.raises(ConfigError, match="quantization='fp8': weights that ranks share"):
+        check_ranks(EngineConfig(quantization="fp8", **on_cpu))
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "message"),
+    [
+        ("cuda", 1, "tensor_parallel_size=2: there are 1 GPUs; choose at most that"),
+        ("cpu", 2, "device='cpu': ranks on a machine with GPUs use these"),
+    ],
+)
+def test_ranks_and_gpus_must_fit(
+    device: str, num_gpus: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "choose_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    with pytest.raises(ConfigError, match=message):
+        check_ranks(EngineConfig(tensor_parallel_size=2, device=device))
 
 
 def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 from tierkv.config import EngineConfig
 from tierkv.engine.tp import ranks
 from tierkv.errors import ConfigError, EngineDeadError, TierkvError
+from tierkv.model.device import choose_device
 from tierkv.model.shard import OPTION, Shard
 from tierkv.types import BlockKey, Erasure, Move, MoveResult, TierName
 
@@ -276,7 +277,7 @@ class TpGroup:
     def __init__(self, config: EngineConfig) -> None:
         ranks.check_ranks(config)
         self.size = config.tensor_parallel_size
-        self._device = ranks.device_of(config)
+        self._device = choose_device(config.device).type
         self._owner = os.getpid()
         self._num_threads: int | None = None
         self.workers: list[Worker] = []

@@ -14,6 +14,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 from tierkv.config import EngineConfig
 from tierkv.errors import ConfigError
+from tierkv.model.device import choose_device
 from tierkv.model.shard import OPTION, Shard, check_package
 
 SETUP_S = 120.0
@@ -30,20 +31,19 @@ def check_ranks(config: EngineConfig) -> None:
     if dist.is_initialized():
         fix = "torch.distributed is in use in this process, by another engine say; close that first"
         raise ConfigError(OPTION, size, fix)
-    num_gpus = torch.cuda.device_count()
-    if device_of(config) == "cuda" and num_gpus < size:
+    device, num_gpus = choose_device(config.device).type, torch.cuda.device_count()
+    if device == "cuda" and num_gpus < size:
         raise ConfigError(OPTION, size, f"there are {num_gpus} GPUs; choose at most that")
-    if device_of(config) == "cpu" and num_gpus:
+    if device == "cpu" and num_gpus:
         fix = "ranks on a machine with GPUs use these: set device=cuda, or CUDA_VISIBLE_DEVICES=''"
         raise ConfigError("device", config.device, fix)
+    if config.quantization is not None:
+        fix = "weights that ranks share are not quantized; leave it out"
+        raise ConfigError("quantization", config.quantization, fix)
+    if config.cuda_graph_sizes is not None:
+        fix = "steps of several ranks are not captured as graphs yet; leave it out"
+        raise ConfigError("cuda_graph_sizes", config.cuda_graph_sizes, fix)
     check_package(size)
-
-
-def device_of(config: EngineConfig) -> str:
-    """Where the ranks compute: what was asked for, or GPUs if there are any."""
-    if config.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.device
 
 
 def make_store(size: int) -> TCPStore:

@@ -23,8 +23,9 @@ from transformers.utils import logging as transformers_logging
 
 from tierkv.cache.block_port import TierPort
 from tierkv.cache.layout import KVLayout
-from tierkv.cache.pools import GpuPool, num_pool_blocks
+from tierkv.cache.pools import GpuPool
 from tierkv.config import EngineConfig
+from tierkv.engine.build import pool_blocks
 from tierkv.engine.calibrate import measure_compute
 from tierkv.engine.core import LowerTierSetup
 from tierkv.engine.cost import MeasuredCost
@@ -33,6 +34,7 @@ from tierkv.engine.tp import ranks
 from tierkv.engine.tp.common import describe, erase_stored
 from tierkv.engine.tp.steps import StepDecoder
 from tierkv.errors import ConfigError, EngineDeadError, InvariantError
+from tierkv.model.device import choose_device
 from tierkv.model.loaded import LoadedModel
 from tierkv.model.loader import load_model
 from tierkv.model.runner import ModelRunner
@@ -92,14 +94,14 @@ class RankWorker:
         self._config = config
         store = ranks.find_store(port, self._shard.size)
         self._send("reply", True)
-        ranks.join(store, self._shard, ranks.device_of(config))
+        ranks.join(store, self._shard, choose_device(config.device).type)
         ranks.share_threads(config)
 
     def do_load(self) -> None:
         """Load this rank's part; answers how many blocks its memory allows."""
         self._loaded = load_model(self._config, self._shard)
         self._layout = self._loaded.layout(self._config.block_size)
-        self._send("reply", num_pool_blocks(self._config, self._layout, self._loaded.device))
+        self._send("reply", pool_blocks(self._config, self._loaded))
 
     def do_pool(self, num_blocks: int) -> None:
         """Make the pool."""
