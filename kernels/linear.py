@@ -118,5 +118,5 @@ def pack_linears(model: nn.Module) -> int:
 def _is_packable(linear: nn.Linear) -> bool:
     """Does packing suit this layer, and does nothing watch its calls?"""
     weight = linear.weight
-    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
     return not hooked and weight.numel() > 0 and can_pack(weight.device, weight.dtype)

@@ -65,7 +65,8 @@ def options_of(owner: type) -> str:
         text = field.metadata["help"]
         if choices := field.metadata.get("choices"):
             text += ": " + ", ".join(f"`{choice}`" for choice in choices)
-        rows.append((f"`{flag_name(field.name)}`", default, text))
+        flags = (flag_name(field.name), *field.metadata.get("aliases", ()))
+        rows.append((", ".join(f"`{flag}`" for flag in flags), default, text))
     return table(("flag", "default", ""), rows)
 
 

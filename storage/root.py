@@ -14,7 +14,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,7 @@ def open_store(
     store_bytes: int | None = None,
     open_io: OpenIo = PosixIo,
     now: Callable[[], float] = time.time,
+    partners: Sequence[str] = (),
 ) -> NvmeStore:
     """Open the store of one model and layout, warm if it was there before.
 
@@ -102,6 +103,8 @@ def open_store(
         capacity_bytes: bound on what all stores under the root take on disk.
         store_bytes: what this one may take (default: all that stores in use leave over).
         open_io, now: the I/O engine and the wall clock.
+        partners: fingerprints of stores that are opened with this one, by other processes: they
+            have its payload size, and are not removed to make room for it.
 
     Raises:
         ConfigError: the path cannot be used, somebody else has it, or there is no room.
@@ -110,7 +113,8 @@ def open_store(
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         with root_guard(path):
-            room = _make_room(root, path, capacity_bytes, store_bytes or capacity_bytes)
+            keep = [path, *(root / store_name(partner, payload_bytes) for partner in partners)]
+            room = _make_room(root, keep, capacity_bytes, store_bytes or capacity_bytes)
             per_slot = record.slot_bytes(payload_bytes) + INDEX_SLOT_BYTES
             capacity = (room - STORE_BYTES) // per_slot
             if capacity < 1:
@@ -138,11 +142,17 @@ def root_guard(path: Path) -> Iterator[None]:
             lock.release()
 
 
-def _make_room(root: Path, keep: Path, capacity_bytes: int, wanted: int) -> int:
-    """Remove idle siblings, oldest first, until `wanted` bytes fit; returns what fits."""
-    others = [sibling for sibling in list_stores(root) if sibling.path != keep]
+def _make_room(root: Path, keep: Sequence[Path], capacity_bytes: int, wanted: int) -> int:
+    """Remove idle siblings, oldest first, until `wanted` bytes fit; returns what fits.
+
+    Args:
+        keep: the store that is opened, and others that stay.
+    """
+    others = [sibling for sibling in list_stores(root) if sibling.path != keep[0]]
     used = sum(sibling.num_bytes for sibling in others)
     for sibling in others:
+        if sibling.path in keep:
+            continue
         if used + wanted <= capacity_bytes:
             break
         if remove_idle(sibling.path):

@@ -23,12 +23,15 @@ MAX_CODE_LINES = {
     "model": 1_500,
     "kernels": 2_500,
     "triton": 1_500,
+    "tp": 1_000,  # processes that share a model, and what rank 0 makes of their answers
     "cuda": 1_000,  # streams, events and the mover that uses them
     "storage": 2_500,
 }
 PARTS = {
     "kernels/triton": "triton",
     "tierkv/cache/cuda": "cuda",
+    "tierkv/engine/tp": "tp",
+    "tierkv/model/shard.py": "tp",
     "tierkv/model": "model",
     "kernels": "kernels",
     "storage": "storage",

@@ -59,7 +59,8 @@ def parse_sizes(value: int | str, option: str) -> tuple[int, ...]:
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A config field with the text its CLI flag shows; `choices` and `metavar` may follow."""
+    """A config field with the text its CLI flag shows; `choices`, `metavar` and `aliases` (further
+    flags) may follow."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -96,6 +97,9 @@ class EngineConfig:
         True, "probe 40 tokens against transformers' eager attention when loading"
     )
     num_threads: int | None = option(None, "CPU threads of the model; default: all cores allowed")
+    tensor_parallel_size: int = option(
+        1, "processes, each with a GPU, that share the model", aliases=("-tp",)
+    )
 
     max_model_len: int | None = option(
         None, "longest prompt + output in tokens; default: the model's, as far as the pool allows"
@@ -192,6 +196,7 @@ class EngineConfig:
             "max_model_len",
             "num_gpu_blocks",
             "num_threads",
+            "tensor_parallel_size",
             "time_slice",
         ):
             value = getattr(self, name)

@@ -39,6 +39,23 @@ class Executor(Protocol):
         ...
 
 
+class Workers(Protocol):
+    """Processes that the executor needs."""
+
+    @property
+    def is_alive(self) -> bool:
+        """All of them are."""
+        ...
+
+    def check(self) -> None:
+        """Raise EngineDeadError if one has ended."""
+        ...
+
+    def close(self) -> None:
+        """End them. Idempotent."""
+        ...
+
+
 class Sampler(Protocol):
     """Turns logits into tokens; keeps per-sequence state (seeds, penalty counts) by `seq_id`."""
 

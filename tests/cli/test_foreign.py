@@ -104,7 +104,7 @@ def test_a_file_written_for_vllm(tmp_path: Path) -> None:
     ("line", "advice"),
     [
         ("swap-space: 4", "use --offload cpu=SIZE"),
-        ("tensor_parallel_size: 2", "an engine uses one device"),
+        ("tp-size: 2", "use --tensor-parallel-size"),
         ("enable-lora: true", "adapters are not served"),
         ("hicache-ratio: 2", "use --offload cpu=SIZE"),
     ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tierkv.errors import ConfigError, UnsupportedModelError
@@ -104,6 +104,22 @@ class KVLayout:
             dtype=dtype,
             windows=layer_windows(config, num_layers),
         )
+
+    @property
+    def num_shards(self) -> int:
+        """How many ranks share the model's KV."""
+        return int(self.shard.partition("/")[2])
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is, from 0."""
+        return int(self.shard.partition("/")[0])
+
+    @property
+    def shards(self) -> list[KVLayout]:
+        """The layouts of all ranks, this one's among them."""
+        count = self.num_shards
+        return [replace(self, shard=f"{rank}/{count}") for rank in range(count)]
 
     @property
     def bytes_per_token(self) -> int:

@@ -126,7 +126,7 @@ def num_pool_blocks(
         option, budget = "kv_cache_memory", parse_bytes(config.kv_cache_memory, "kv_cache_memory")
     elif device.type == "cpu":
         available = available_memory() if free_bytes is None else free_bytes
-        option, budget = "kv_cache_memory", cpu_default_bytes(available)
+        option, budget = "kv_cache_memory", cpu_default_bytes(available) // layout.num_shards
     else:
         option, budget = "gpu_memory_utilization", free_bytes or 0
     num_blocks = budget // layout.block_bytes

@@ -16,7 +16,8 @@ _REQUESTS_SAY = "requests say how to sample: leave it out"
 _NO_ADAPTERS = "adapters are not served: merge the adapter into the weights and serve those"
 _NO_DRAFT = "there is no speculative decoding"
 _NOT_COMPILED = "nothing is compiled: leave it out; for CUDA graphs see --cuda-graph-sizes"
-_ONE_DEVICE = "an engine uses one device so far: leave it out"
+_ONE_HOST = "the GPUs of one machine share a model by --tensor-parallel-size: leave it out"
+_NO_PIPELINE = "layers are not spread over GPUs: use --tensor-parallel-size"
 _PROXY = "leave that to a proxy in front of the server"
 _TEXT_ONLY = "only text is served: leave it out"
 _MODEL_DECIDES = "the model's config.json decides: leave it out"
@@ -46,17 +47,17 @@ VLLM = {
     "--data-parallel-size,-dp": _ANY_DEVICES,
     "--data-parallel-address,--data-parallel-backend,--data-parallel-rank": _ANY_DEVICES,
     "--data-parallel-rpc-port,--data-parallel-size-local,--data-parallel-start-rank": _ANY_DEVICES,
-    "--decode-context-parallel-size,-dcp": _ONE_DEVICE,
+    "--decode-context-parallel-size,-dcp": _ONE_HOST,
     "--disable-chunked-mm-input,--limit-mm-per-prompt,--mm-processor-kwargs": _TEXT_ONLY,
     "--allowed-local-media-path,--media-io-kwargs,--mm-processor-cache-gb": _TEXT_ONLY,
     "--disable-fastapi-docs": _PROXY,
     "--disable-frontend-multiprocessing": "front end and engine are two processes: leave it out",
     "--disable-hybrid-kv-cache-manager": "there is one kind of block: leave it out",
-    "--distributed-executor-backend": _ONE_DEVICE,
+    "--distributed-executor-backend": _ONE_HOST,
     "--disable-sliding-window,--hf-overrides,--rope-scaling,--rope-theta": _MODEL_DECIDES,
     "--download-dir": "set HF_HOME in the environment",
-    "--enable-expert-parallel": _ONE_DEVICE,
-    "--enable-dbo,--enable-eplb,--headless,--master-addr,--master-port": _ONE_DEVICE,
+    "--enable-expert-parallel": _ONE_HOST,
+    "--enable-dbo,--enable-eplb,--headless,--master-addr,--master-port": _ONE_HOST,
     "--enable-force-include-usage": "requests say stream_options.include_usage: leave it out",
     "--enable-log-outputs": "answers are never logged: leave it out",
     "--enable-prompt-embeds": "prompts are text or token ids: leave it out",
@@ -76,13 +77,13 @@ VLLM = {
     "--log-config-file": "use --log-format and --uvicorn-log-level",
     "--logprobs-mode,--max-logprobs": "requests say which, and how many: leave it out",
     "--max-log-len": "prompts are never logged: leave it out",
-    "--max-parallel-loading-workers": _ONE_DEVICE,
+    "--max-parallel-loading-workers": _ONE_HOST,
     "--max-num-partial-prefills,--max-long-partial-prefills": "use --max-num-batched-tokens",
     "--no-enable-chunked-prefill": "long prompts are always computed in chunks: see"
     " --max-num-batched-tokens",
     "--num-gpu-blocks-override": "use --num-gpu-blocks",
     "--num-lookahead-slots": _NO_DRAFT,
-    "--pipeline-parallel-size,-pp": _ONE_DEVICE,
+    "--pipeline-parallel-size,-pp": _NO_PIPELINE,
     "--pooler-config,--override-pooler-config,--convert": "text is generated: leave it out",
     "--prefix-caching-hash-algo": "there is one: leave it out",
     "--response-role": "answers are from the assistant: leave it out",
@@ -95,7 +96,6 @@ VLLM = {
     "--structured-outputs-config": "there is nothing to configure: leave it out",
     "--swap-space": "use --offload cpu=SIZE: swapped and cached KV share that tier",
     "--task,--runner": "text is generated: leave it out",
-    "--tensor-parallel-size,-tp": f"{_ONE_DEVICE} (1 is accepted)",
     "--tokenizer-mode": "the tokenizer is transformers' fast one: leave it out",
     "--tool-server": "clients call tools: leave it out",
     "--trust-request-chat-template": "requests cannot bring a template: see --chat-template",
@@ -112,7 +112,7 @@ SGLANG = {
     "--cuda-graph-max-bs,--cuda-graph-bs": "use --cuda-graph-sizes",
     "--disable-cuda-graph-padding": "use --cuda-graph-sizes, or --enforce-eager for no graphs",
     "--disable-overlap-schedule,--enable-mixed-chunk": "there is one way to schedule: leave it out",
-    "--dist-init-addr,--nnodes,--node-rank,--ep-size,--enable-dp-attention": _ONE_DEVICE,
+    "--dist-init-addr,--nnodes,--node-rank,--ep-size,--enable-dp-attention": _ONE_HOST,
     "--dp-size,--dp": _ANY_DEVICES,
     "--enable-lmcache": "use --offload cpu=SIZE,nvme=SIZE:PATH",
     "--enable-hierarchical-cache": "use --offload cpu=SIZE, or --offload auto as by default",
@@ -132,7 +132,8 @@ SGLANG = {
     "--mem-fraction-static": "use --gpu-memory-utilization, or --kv-cache-memory for a size",
     "--model-path": "give it as MODEL",
     "--page-size": "use --block-size",
-    "--pp-size,--tp-size,--tp": f"{_ONE_DEVICE} (1 is accepted)",
+    "--pp-size": f"{_NO_PIPELINE} (1 is accepted)",
+    "--tp-size,--tp": "use --tensor-parallel-size (1 is accepted)",
     "--radix-eviction-policy": "use --eviction-policy",
     "--random-seed": "use --seed",
     "--sampling-backend": "there is one: leave it out",
@@ -153,7 +154,8 @@ LLAMA_CPP = {
     "--defrag-thold,-dt": "blocks are paged, nothing is to be defragmented: leave it out",
     "--embedding,--embeddings,--pooling,--rerank,--reranking": "text is generated: leave it out",
     "--log-disable,--log-file,--log-verbosity,-lv": "see --log-format and --uvicorn-log-level",
-    "--main-gpu,-mg,--split-mode,-sm,--tensor-split,-ts": _ONE_DEVICE,
+    "--main-gpu,-mg,--split-mode,-sm,--tensor-split,-ts": "use --tensor-parallel-size, or set"
+    " CUDA_VISIBLE_DEVICES",
     "--mmproj": _TEXT_ONLY,
     "--no-cont-batching,-nocb": "requests always run together: use --max-num-seqs 1",
     "--no-webui,--path": "see /dashboard; a proxy in front of the server may hide it",
@@ -212,11 +214,11 @@ SAME_HERE: dict[str, tuple[str, ...]] = {
     "--kv-cache-dtype": ("auto",),
     "--metrics": (),
     "--pipeline-parallel-size,-pp": ("1",),
-    "--pp-size,--tp-size,--tp": ("1",),
+    "--pp-size": ("1",),
+    "--tp-size,--tp": ("1",),
     "--runner": ("auto", "generate"),
     "--skip-server-warmup": (),
     "--task": ("auto", "generate"),
-    "--tensor-parallel-size,-tp": ("1",),
     "--tokenizer-mode": ("auto",),
 }
 """What is so here too, always: accepted, and nothing changes."""

@@ -146,7 +146,8 @@ def _add_flag(parser: _Group, field: dataclasses.Field[Any], kinds: tuple[type, 
         settings |= {"type": word, "metavar": field.metadata.get("metavar", default_metavar)}
         if "choices" in field.metadata:
             settings |= {"choices": field.metadata["choices"], "metavar": None}
-    parser.add_argument(flag_name(field.name), **settings)
+    aliases = field.metadata.get("aliases", ())
+    parser.add_argument(flag_name(field.name), *aliases, **settings)
 
 
 def add_foreign_flags(parser: _Group) -> None:

@@ -31,6 +31,7 @@ def measure_compute(loaded: LoadedModel, layout: KVLayout) -> MeasuredCost:
     long_s = min(_time(runner, long) for _ in range(2))
     per_token = max((long_s - short_s) / max(1, long - short), long_s / long / 4)
     heads = loaded.layers[0].num_heads * loaded.layers[0].key_dim * len(loaded.layers)
+    heads *= loaded.shard.size
     parameters = sum(p.numel() for p in loaded.model.parameters())
     per_pair = per_token * 4 * heads / (2 * max(parameters, 1))
     return MeasuredCost(layout.block_bytes, per_token_s=per_token, per_pair_s=per_pair)

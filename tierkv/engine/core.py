@@ -30,7 +30,7 @@ from tierkv.metrics import Metrics
 from tierkv.policies import registry
 from tierkv.policies.admission import ByteRateLimit
 from tierkv.policies.base import EvictionPolicy
-from tierkv.protocols import BlockPort, Clock, Executor, Mover, Sampler
+from tierkv.protocols import BlockPort, Clock, Executor, Mover, Sampler, Workers
 from tierkv.storage.arena import HostArena
 from tierkv.storage.base import BlockStore, StoredBlock
 from tierkv.types import FinishReason, TierName
@@ -126,6 +126,7 @@ class EngineCore:
         tiers: the tiers below the pool, if there are any.
         grammars: compiles what requests say of their outputs; None refuses such requests.
         port: the bytes of blocks, for export, import and sleep; None refuses these.
+        workers: the processes that run the other parts of the model, if it has any.
 
     Attributes:
         executor: may be wrapped between two steps.
@@ -144,12 +145,14 @@ class EngineCore:
         tiers: LowerTierSetup | None = None,
         grammars: GrammarCompiler | None = None,
         port: BlockPort | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self.info, self.grammars = info, grammars
         self.executor, self._sampler, self._clock = executor, sampler, clock
         self._metrics = Metrics()
         # Also when nobody calls `close`: threads and files would outlive the engine.
-        self._close_tiers = weakref.finalize(self, tiers.close if tiers is not None else _nothing)
+        self._close_tiers = weakref.finalize(self, _close, tiers, workers)
+        self.workers = workers
         self._cost = tiers.cost if tiers is not None else MeasuredCost(1)
         self._eviction = per_tier("eviction_policy", config)
         self.cache = TieredCache(
@@ -424,7 +427,8 @@ class EngineCore:
         try:
             self.abort(list(self.scheduler.requests))
             self._outbox.clear()
-            if self._failure is None and self._close_tiers.alive:
+            is_sound = self.workers is None or self.workers.is_alive
+            if self._failure is None and self._close_tiers.alive and is_sound:
                 self.flush(_CLOSE_S)
                 self._is_erased(_CLOSE_S)
         finally:
@@ -433,8 +437,14 @@ class EngineCore:
                 self.grammars.close()
 
 
-def _nothing() -> None:
-    """To close, where there is one tier."""
+def _close(tiers: LowerTierSetup | None, workers: Workers | None) -> None:
+    """Let go of the tiers, and then of the processes that have some of their own."""
+    try:
+        if tiers is not None:
+            tiers.close()
+    finally:
+        if workers is not None:
+            workers.close()
 
 
 def scheduling_policies(config: EngineConfig, cost: MeasuredCost) -> SchedulingPolicies:

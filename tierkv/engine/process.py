@@ -34,6 +34,7 @@ from tierkv.types import FinishReason
 TO_ENGINE, FROM_ENGINE = "to-engine", "from-engine"
 _LINGER_MS = 2000
 _BACKGROUND_MS = 5
+_ALIVE_MS = 1000  # between two looks whether workers live, while there is nothing to do
 
 
 class EngineLoop:
@@ -83,6 +84,7 @@ class EngineLoop:
             self._add_compiled()
             if not self._engine.has_work:
                 self._wait()
+            self._watch()
             try:
                 message = self._inbox.recv(zmq.NOBLOCK if self._engine.has_work else 0)
             except zmq.Again:
@@ -102,6 +104,14 @@ class EngineLoop:
                 self._engine.work_in_background()
             self._add_compiled()
             if self._engine.has_work:
+                return
+
+    def _watch(self) -> None:
+        """Where the engine has worker processes, wait for a message and look that they live."""
+        workers = self._engine.workers
+        while workers is not None and not self._engine.has_work:
+            workers.check()
+            if self._inbox.poll(_ALIVE_MS):
                 return
 
     def _handle(self, message: bytes) -> None:

@@ -212,6 +212,7 @@ def _attempt(config: EngineConfig, open_tier: Callable[[], _Tier]) -> _Tier | No
 def _open_arena(config: EngineConfig, request: TierRequest, layout: KVLayout) -> HostArena:
     asked = request.num_bytes or config.cpu_cache_size
     size = int(asked) if asked else int(available_memory() * _CPU_SHARE)
+    size //= layout.num_shards  # the ranks share it
     num_slots = size // layout.slot_bytes
     if num_slots < 1:
         fix = f"{size} bytes hold no block of {layout.slot_bytes}; give more"
@@ -228,13 +229,15 @@ def _open_store(
 ) -> NvmeStore:
     path = store_path(config, request)
     asked = request.num_bytes or config.nvme_cache_size
-    name = f"{fingerprint.hex()}-{layout.fingerprint}"
+    names = [f"{fingerprint.hex()}-{part.fingerprint}" for part in layout.shards]
+    name, count = names.pop(layout.rank), layout.num_shards
     if asked:
-        return open_store(path, name, layout.slot_bytes, int(asked), open_io=open_io)
+        own = None if count == 1 else int(asked) // count
+        return open_store(path, name, layout.slot_bytes, int(asked), own, open_io, partners=names)
     room = _disk_room(path)
-    own = min(_NVME_DEFAULT_BYTES, int(room * _NVME_SHARE))
+    own = min(_NVME_DEFAULT_BYTES, int(room * _NVME_SHARE)) // count
     most = int(room * _ALL_NVME_SHARE)
-    return open_store(path, name, layout.slot_bytes, most, own, open_io)
+    return open_store(path, name, layout.slot_bytes, most, own, open_io, partners=names)
 
 
 def io_engine(config: EngineConfig) -> OpenIo:

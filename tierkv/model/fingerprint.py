@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tierkv.model.shard import whole_weight
+
 _LANES = 512
 _IGNORED = frozenset({"_name_or_path", "name_or_path", "transformers_version", "torch_dtype"})
 
@@ -17,7 +19,8 @@ def model_fingerprint(model: nn.Module, config: Any, variant: str) -> bytes:
     """16 bytes over the config (rope, attention, quantisation), a variant and every weight.
 
     Weights count by content, not by file, so the same model has the same fingerprint wherever its
-    files lie and whatever device it runs on. Each is read once, at memory speed.
+    files lie, whatever device it runs on and however many ranks share it. Each is read once, at
+    memory speed.
 
     Args:
         model: with its weights as they were loaded.
@@ -28,7 +31,7 @@ def model_fingerprint(model: nn.Module, config: Any, variant: str) -> bytes:
     digest.update(json.dumps(_plain(config.to_dict()), sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"|{name}|{weight.dtype}|{tuple(weight.shape)}|".encode())
-        digest.update(_content(weight))
+        digest.update(_content(whole_weight(weight)))
     return digest.digest()
 
 

@@ -108,8 +108,9 @@ def _fusable(parent: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Something hangs on the module's calls."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Something hangs on the module's calls; ranks that share its weights, for example."""
+    is_wrapped = "forward" in vars(module)
+    return bool(module._forward_hooks or module._forward_pre_hooks) or is_wrapped
 
 
 def _stack(parts: Sequence[Tensor]) -> nn.Parameter:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tierkv.cache.layout import KVLayout
+from tierkv.model.shard import WHOLE, Shard
 from tierkv.model.trace import LayerFacts
 
 
@@ -25,7 +26,9 @@ class LoadedModel:
         max_model_len: the longest context the config allows, rope scaling included.
         eos_token_ids: tokens that end a text; may be empty.
         vocab_size: columns of the logits.
-        fingerprint: 16 bytes that identify weights and config; part of every block key.
+        fingerprint: 16 bytes that identify weights and config; part of every block key, and the
+            same on every rank.
+        shard: which part of the model this is.
     """
 
     model: PreTrainedModel
@@ -38,6 +41,7 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     vocab_size: int
     fingerprint: bytes
+    shard: Shard = WHOLE
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -50,7 +54,7 @@ class LoadedModel:
         return all(layer.has_step for layer in self.layers)
 
     def layout(self, block_size: int) -> KVLayout:
-        """The layout of this model's KV at a block size."""
+        """The layout of this model's KV at a block size; of a shard, what this rank holds."""
         first = self.layers[0]
         return KVLayout(
             num_layers=len(self.layers),
@@ -59,6 +63,7 @@ class LoadedModel:
             block_size=block_size,
             dtype=dtype_name(self.dtype),
             windows=self.windows,
+            shard=str(self.shard),
         )
 
 

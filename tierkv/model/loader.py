@@ -21,6 +21,7 @@ from tierkv.model.fuse import fuse_projections
 from tierkv.model.loaded import LoadedModel, dtype_name
 from tierkv.model.probe import verify_model
 from tierkv.model.quantize import check_quantization, quantize
+from tierkv.model.shard import WHOLE, Shard, check_shardable, rank_in_environment, sharded
 from tierkv.model.swap import swap_modules, swap_rotary
 
 logger = logging.getLogger(__name__)
@@ -29,8 +30,8 @@ DEMO = Path(__file__).parent / "demo"
 """Directory of the built-in model `demo`."""
 
 
-def load_model(config: EngineConfig) -> LoadedModel:
-    """Load `config.model`.
+def load_model(config: EngineConfig, shard: Shard = WHOLE) -> LoadedModel:
+    """Load `config.model`, or this rank's part of it; then all ranks must do so at the same time.
 
     Raises:
         ConfigError: the model cannot be found or read, or the device is not there.
@@ -42,8 +43,10 @@ def load_model(config: EngineConfig) -> LoadedModel:
     device = choose_device(config.device)
     check_quantization(config.quantization, device)
     hf_config = load_config(config, source)
+    check_shardable(hf_config, shard)
     dtype = _dtype(config, hf_config, device)
-    model = _on(device, _build(config, source, hf_config, dtype))
+    with rank_in_environment(shard):
+        model = _on(device, _build(config, source, hf_config, dtype, shard))
     max_model_len = rope.fix_length(model, hf_config, config.max_model_len)
     variant = f"{dtype_name(dtype)}, {max_model_len} positions"
     if config.quantization is not None:
@@ -63,6 +66,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
         eos_token_ids=facts.eos_token_ids(hf_config, directory, model.generation_config),
         vocab_size=_vocab_size(model),
         fingerprint=fingerprint,
+        shard=shard,
     )
     if config.verify_model:
         verify_model(loaded)
@@ -173,7 +177,7 @@ def _dtype(config: EngineConfig, hf_config: Any, device: torch.device) -> torch.
 
 
 def _build(
-    config: EngineConfig, source: str, hf_config: Any, dtype: torch.dtype
+    config: EngineConfig, source: str, hf_config: Any, dtype: torch.dtype, shard: Shard
 ) -> PreTrainedModel:
     """The module with its weights: read, or random from the seed."""
     common: dict[str, Any] = {
@@ -183,10 +187,7 @@ def _build(
     }
     try:
         if config.load_format == "dummy":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                dummy: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config, **common)
-                return dummy
+            return _dummy(config, hf_config, common, shard)
         model: PreTrainedModel
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -194,6 +195,7 @@ def _build(
             revision=config.revision,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # said below, with the names
+            **sharded(shard),
             **common,
         )
     except (OSError, SafetensorError) as error:
@@ -204,6 +206,21 @@ def _build(
         raise ConfigError("model", config.model, fix) from error
     _check_weights(config, info)
     return model
+
+
+def _dummy(
+    config: EngineConfig, hf_config: Any, common: dict[str, Any], shard: Shard
+) -> PreTrainedModel:
+    """Random weights from the seed; a rank makes all and keeps its part."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config, **common)
+    if shard.is_whole:
+        return model
+    part: PreTrainedModel = type(model).from_pretrained(
+        None, config=hf_config, state_dict=model.state_dict(), **sharded(shard), **common
+    )
+    return part
 
 
 def _check_weights(config: EngineConfig, info: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from tierkv.model import attention
 from tierkv.model.inputs import StepInputs
 from tierkv.model.loaded import LoadedModel
 from tierkv.model.runner import ModelRunner
+from tierkv.model.shard import is_shared
 
 _LENGTHS = (40, 9)
 _SPLITS = (23, 5)
@@ -102,7 +103,8 @@ def _can_widen(model: nn.Module) -> bool:
     """Small enough to be held in fp32 as well, and its weights still plain tensors."""
     num_parameters = sum(weight.numel() for weight in model.parameters())
     is_packed = any(isinstance(module, PackedLinear) for module in model.modules())
-    return num_parameters <= _FLOAT32_PARAMETERS and not is_packed
+    is_plain = not is_packed and not any(map(is_shared, model.parameters()))
+    return num_parameters <= _FLOAT32_PARAMETERS and is_plain
 
 
 @contextmanager
