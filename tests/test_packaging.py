@@ -136,7 +136,7 @@ def declared(requirement: str) -> str:
 def test_every_import_is_a_declared_dependency(repository: Path) -> None:
     requirements = importlib.metadata.requires("tierkv") or []
     names = {declared(r) for r in requirements if "extra ==" not in r}
-    optional = [r for r in requirements if re.search(r'extra == "(server|cuda|otel|bench)"', r)]
+    optional = [r for r in requirements if re.search(r'extra == "(server|cuda|fp8|otel|bench)"', r)]
     import_names = {"pyyaml": "yaml", "pyzmq": "zmq", "opentelemetry_sdk": "opentelemetry"}
     base = {import_names.get(name, name) for name in names}
     extras = {import_names.get(name, name) for name in map(declared, optional)}
