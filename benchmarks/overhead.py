@@ -196,7 +196,7 @@ def make_systems(
     tight = at_once * (longest // BLOCK_SIZE + 2)
     systems: dict[str, dict[str, System]] = {}
     loaded = load_model(config_of(model, at_once, longest, tight, None))
-    with mock.patch.object(build, "load_model", lambda _: loaded):
+    with mock.patch.object(build, "load_model", lambda *_: loaded):
         for pool, size in (("roomy", num_blocks + tight), ("tight", tight)):
             systems[pool] = {}
             for name, store in ((ONE_TIER, None), (TIERS, folder / pool)):
