@@ -209,11 +209,16 @@ def goodput(result: dict[str, Any]) -> Iterator[Row]:
 
 
 def fidelity(result: dict[str, Any]) -> Iterator[Row]:
-    target = result["target"]
+    target, trace = result["target"], result["trace"]
     points = abs(result["hit_rate_off_points"])
-    yield "simulated hit rate, off by points", *at_most(points, target["hit_rate_points"], "points")
+    what = f"{trace}, simulated hit rate, off by points"
+    yield what, *at_most(points, target["hit_rate_points"], "points")
     off = abs(result["ttft_p50_off"])
-    yield "simulated median TTFT, off by", *at_most(off, target["ttft_p50"], "%")
+    yield f"{trace}, simulated median TTFT, off by", *at_most(off, target["ttft_p50"], "%")
+
+
+def fidelity_agents(result: dict[str, Any]) -> Iterator[Row]:
+    yield from fidelity(result)
 
 
 def sim_speed(result: dict[str, Any]) -> Iterator[Row]:
@@ -248,6 +253,7 @@ READERS = {
         chaos,
         goodput,
         fidelity,
+        fidelity_agents,
         sim_speed,
     )
 }
@@ -260,6 +266,11 @@ def rows_of(folder: Path) -> list[Row]:
         path = folder / f"{name}.json"
         if path.exists():
             rows.extend(reader(json.loads(path.read_text())))
+    for path in sorted(folder.glob("gpu-*.json")):
+        from gpu.suite import rows_of as gpu_rows  # torch enters here
+
+        found = json.loads(path.read_text())
+        rows.extend((f"{found['gpu']}: {row[0]}", *row[1:]) for row in gpu_rows(found["sections"]))
     return rows
 
 
