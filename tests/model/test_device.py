@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -39,6 +41,27 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'tierkv\[cuda\]'"):
         device.choose_device("cuda")
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "2.9", "3.5.0+git12"])
+def test_a_triton_that_is_too_old(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    gpu(monkeypatch, (9, 0))
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    with pytest.raises(ConfigError, match=rf"Triton {re.escape(version)} .* need 3\.6 or newer"):
+        device.choose_device("cuda")
+
+
+def test_a_triton_that_nobody_tried_is_told_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    gpu(monkeypatch, (9, 0))
+    for version in ("3.6.0", "3.9.2"):
+        monkeypatch.setattr("importlib.metadata.version", lambda name, v=version: v)
+        assert device.choose_device("cuda").type == "cuda"
+    assert not caplog.records
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.0.0")
+    assert device.choose_device("cuda").type == "cuda"
+    assert "4.0.0 is newer" in caplog.text
 
 
 def test_without_a_cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,19 @@ Not yet run on a GPU.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import logging
+import re
 
 import torch
 
 from tierkv.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+TRITON_VERSIONS = ((3, 6), (3, 9))
+"""The oldest and the newest that the kernels were compiled with."""
 
 MIN_CAPABILITY = (8, 0)
 """Compute capability that the kernels need: bf16 tensor cores."""
@@ -45,8 +53,24 @@ def cuda_problem() -> str | None:
         wanted, has = (".".join(map(str, pair)) for pair in (MIN_CAPABILITY, found))
         gpu = torch.cuda.get_device_name()
         return f"{gpu} has compute capability {has}, the kernels need {wanted}: use cpu"
+    return _triton_problem()
+
+
+def _triton_problem() -> str | None:
+    """Whether Triton is missing or too old; one newer than what was tried is only told of."""
     if importlib.util.find_spec("triton") is None:
         return "the kernels need Triton: pip install 'tierkv[cuda]', or use cpu"
+    try:
+        text = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None  # torch's nightly builds bring it under another name
+    found = tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+    oldest, newest = TRITON_VERSIONS
+    if found < oldest:
+        wanted = ".".join(map(str, oldest))
+        return f"Triton {text} is installed, the kernels need {wanted} or newer, or use cpu"
+    if found > newest:
+        logger.warning("Triton %s is newer than any that the kernels were compiled with", text)
     return None
 
 
