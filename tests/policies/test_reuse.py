@@ -169,3 +169,69 @@ def test_parameters_out_of_range_are_named(spec: str) -> None:
     name, _, parameter = spec.partition(":")
     with pytest.raises(ValueError, match=f"{name}: .*{parameter.partition('=')[0]}"):
         registry.create("eviction", spec)
+
+
+class Chains:
+    """Blocks of conversations that branch, in two policies: one is told block by block, the other
+    chain by chain."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.policies = ReusePolicy(), ReusePolicy()
+        self.parents: dict[int, int | None] = {}
+        self.now = 0.0
+        self._names = 0
+
+    def chain(self, key: int | None) -> list[int]:
+        """A block and its ancestors, deepest first."""
+        found = []
+        while key is not None:
+            found.append(key)
+            key = self.parents[key]
+        return found
+
+    def hint(self, depth: int, *, ends: bool) -> AccessHint:
+        return AccessHint(self.now, depth, 16, stop_reason=self.stop, ends_use=ends)
+
+    def grow(self) -> None:
+        """A request that continues some chain by a few blocks, uses it, and ends."""
+        self.now += self.random.choice([0.0, 0.5, 40.0])
+        self.stop = self.random.choice(["", "end", "tool_call"])
+        tip = self.random.choice([None, *self.parents])
+        self.tell(self.chain(tip), ends=False)
+        for _ in range(self.random.randint(0, 6)):
+            self._names += 1
+            self.parents[self._names] = tip
+            depth = len(self.chain(tip))
+            for policy in self.policies:
+                policy.insert(self._names, tip, self.hint(depth, ends=False))
+                policy.set_evictable(self._names, True)
+            tip = self._names
+        self.tell(self.chain(tip), ends=True)
+
+    def tell(self, chain: list[int], *, ends: bool) -> None:
+        single, whole = self.policies
+        for index, key in enumerate(chain):
+            single.touch(key, self.hint(len(chain) - 1 - index, ends=ends))
+        if chain:
+            whole.touch_chain(chain, self.hint(len(chain) - 1, ends=ends))
+
+    def shrink(self) -> None:
+        """Both propose the same, and some of it goes."""
+        single, whole = (policy.propose(8, None) for policy in self.policies)  # type: ignore[arg-type]
+        assert single == whole
+        for key in whole[: self.random.randint(0, 8)]:
+            assert isinstance(key, int)
+            del self.parents[key]
+            for policy in self.policies:
+                policy.forget(key, Why.EVICTED)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_chain_at_once_is_its_blocks_one_by_one(seed: int) -> None:
+    chains = Chains(seed)
+    for _ in range(120):
+        chains.grow()
+        if len(chains.parents) > 60:
+            chains.shrink()
+    assert len(chains.parents) > 20
