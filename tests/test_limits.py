@@ -40,7 +40,9 @@ _FRONT = (
     "async_llm beam beam_runner build calibrate client detokenizer inputs llm output_processor"
     " outputs process tokenizer wire"
 )
-_SAMPLING = "grammar grammar_masks grammar_params grammar_queue sampler sampling_params"
+_SAMPLING = (
+    "grammar grammar_masks grammar_params grammar_queue sampler sampler_filters sampling_params"
+)
 _WATCHING = "cells holders observe tier_metrics timeline"
 for _part, _names in (("front", _FRONT), ("sampling", _SAMPLING), ("watching", _WATCHING)):
     PARTS |= {f"tierkv/engine/{name}.py": _part for name in _names.split()}

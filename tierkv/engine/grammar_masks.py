@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tierkv.model.inputs import to_device
 from tierkv.types import FinishReason
 
 if TYPE_CHECKING:
@@ -76,11 +77,12 @@ class GrammarMasks:
         bits = self._compute([f.matcher for f in followers], followers[0].grammar.num_words)
         vocab = logits.shape[-1]
         forbidden = np.unpackbits(~bits.view(np.uint8), axis=1, count=vocab, bitorder="little")
-        mask = torch.from_numpy(forbidden).view(torch.bool).to(logits.device)
+        mask = to_device(torch.from_numpy(forbidden).view(torch.bool), logits.device)
         masked = logits.clone()
         if len(rows) == logits.shape[0]:
             return masked.masked_fill_(mask, _NEVER)
-        masked[list(rows)] = masked[list(rows)].masked_fill(mask, _NEVER)
+        at = to_device(torch.tensor(rows), logits.device)
+        masked[at] = masked[at].masked_fill(mask, _NEVER)
         return masked
 
     def _compute(self, matchers: list[LLMatcher], num_words: int) -> np.ndarray:

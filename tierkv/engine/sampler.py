@@ -11,12 +11,14 @@ a sample depends neither on its batch nor on preemption.
 
 Filters are thresholds on the logit: a token tied with the last one kept is kept too, so the
 result does not depend on the order in which a sort leaves ties.
+
+The device is waited for once, for the tokens; log-probabilities, where a request wants them, are
+read afterwards.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import struct
 from array import array
 from dataclasses import dataclass
@@ -26,7 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tierkv.engine import sampler_filters as filters
 from tierkv.engine.grammar_masks import GrammarMasks
+from tierkv.engine.sampler_filters import NEVER as _NEVER
+from tierkv.engine.sampler_filters import column as _column
+from tierkv.engine.sampler_filters import ids as _ids
+from tierkv.model.inputs import to_device
 from tierkv.types import Logprob, PositionLogprobs, RowResult, SampledToken
 
 if TYPE_CHECKING:
@@ -34,13 +41,12 @@ if TYPE_CHECKING:
 
     from tierkv.engine.plan import Plan, PlanRow
     from tierkv.engine.request import Request, Sequence
-    from tierkv.engine.sampling_params import SamplingParams
 
 _NUCLEUS_CANDIDATES = 256  # a nucleus is nearly always smaller; the rest pays for a full sort
 _PROMPT_ROWS_AT_ONCE = 128  # bounds the scratch memory of prompt logprobs
 _MIN_TEMPERATURE = 1e-5
+_NO_NUMBERS = torch.empty(0, 0, dtype=torch.float64)
 _LARGEST_BIAS = 1e30  # instead of +inf, which has no softmax
-_NEVER = float("-inf")
 
 
 def uniform(seed: int, index: int, position: int) -> float:
@@ -115,7 +121,8 @@ class TorchSampler:
         draws, picked = self._collect(logits, plan.rows, results)
         if not draws:
             return results
-        raw = logits if len(picked) == logits.shape[0] else logits[picked]
+        is_all = len(picked) == logits.shape[0]
+        raw = logits if is_all else logits.index_select(0, _ids(picked, logits))
         if not self._grammars.is_empty:
             raw = self._constrain(raw, draws)
         edited = self._edit(raw, [d for d in draws if d.traits.has_edits])
@@ -178,35 +185,25 @@ class TorchSampler:
     # -- choosing ------------------------------------------------------------------------------
 
     def _choose(self, edited: Tensor, draws: list[_Draw]) -> None:
-        """Append the sampled tokens of every draw to its result."""
+        """Append the sampled tokens of every draw to its result. They come in one transfer, unless
+        a nucleus is wider than the candidates: its rows are drawn again, from the same numbers."""
         greedy = [d for d in draws if d.traits.is_greedy]
-        for draw, token in zip(greedy, _rows(edited, greedy).argmax(-1).tolist(), strict=True):
-            if draw.num_samples == 1:
-                draw.result.samples.append(SampledToken(token))
-            else:
+        drawn = [d for d in draws if not d.traits.is_greedy]
+        numbers = self._uniforms(drawn) if drawn else _NO_NUMBERS
+        num_candidates = _NUCLEUS_CANDIDATES
+        while True:
+            best, chosen, is_open = _chosen(edited, greedy, drawn, numbers, num_candidates)
+            for draw, token in zip(greedy, best, strict=True):
                 draw.result.samples.extend(SampledToken(token) for _ in range(draw.num_samples))
-        if len(greedy) < len(draws):
-            drawn = [d for d in draws if not d.traits.is_greedy]
-            tokens = self._draw_tokens(_rows(edited, drawn), drawn)
-            for draw, row in zip(drawn, tokens, strict=True):
-                draw.result.samples.extend(map(SampledToken, row[: draw.num_samples]))
-
-    def _draw_tokens(self, logits: Tensor, draws: list[_Draw]) -> list[list[int]]:
-        """Tokens `[num_draws, max(num_samples)]` drawn from `logits` `[num_draws, vocab]`."""
-        params = [d.traits.params for d in draws]
-        scaled = logits
-        if any(p.temperature != 1.0 for p in params):
-            scaled = logits / _column([p.temperature for p in params], logits)
-        if any(d.traits.has_filter for d in draws):
-            scaled = _filtered(scaled, params)
-        cdf = scaled.softmax(-1).cumsum(-1)
-        total = cdf[:, -1:]
-        target = (self._uniforms(draws).to(cdf.device) * total).to(cdf.dtype)
-        # Below the total, so that the first entry above the target is a token with some mass.
-        target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
-        tokens = torch.searchsorted(cdf, target.contiguous(), right=True)
-        found: list[list[int]] = tokens.clamp_(max=cdf.shape[-1] - 1).tolist()
-        return found
+            for draw, row, again in zip(drawn, chosen, is_open, strict=True):
+                if not again:
+                    draw.result.samples.extend(map(SampledToken, row[: draw.num_samples]))
+            rest = [i for i, again in enumerate(is_open) if again]
+            if not rest:
+                return
+            greedy, drawn = [], [drawn[i] for i in rest]
+            numbers = numbers.index_select(0, torch.tensor(rest))
+            num_candidates *= 16
 
     def _uniforms(self, draws: list[_Draw]) -> Tensor:
         """fp64 `[num_draws, max(num_samples)]`: hashed where seeded, else from the generator."""
@@ -265,20 +262,33 @@ class TorchSampler:
                 sample.logprobs = logprobs
 
 
+def _chosen(
+    logits: Tensor,
+    greedy: list[_Draw],
+    drawn: list[_Draw],
+    numbers: Tensor,
+    num_candidates: int,
+) -> tuple[list[int], list[list[int]], list[int]]:
+    """Tokens of the greedy rows, those of the drawn rows, and 1 for each drawn row that is open;
+    what the device found is read here, at once."""
+    found = [_rows(logits, greedy).argmax(-1)] if greedy else []
+    if drawn:
+        params = [d.traits.params for d in drawn]
+        found += map(
+            torch.flatten, filters.draw(_rows(logits, drawn), params, numbers, num_candidates)
+        )
+    flat: list[int] = torch.cat(found).tolist()
+    split, width = len(greedy), numbers.shape[1]
+    end = split + len(drawn) * width
+    rows = [flat[i : i + width] for i in range(split, end, width)] if drawn else []
+    return flat[:split], rows, flat[end:]
+
+
 def _rows(logits: Tensor, draws: list[_Draw]) -> Tensor:
     """The logits of `draws`; no copy when that is all of them."""
     if len(draws) == logits.shape[0]:
         return logits
-    return logits[[d.at for d in draws]]
-
-
-def _column(values: Seq[float], like: Tensor) -> Tensor:
-    """`[len(values), 1]` of the dtype and device of `like`."""
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
-
-
-def _ids(values: Seq[int], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=like.device)
+    return logits.index_select(0, _ids([d.at for d in draws], logits))
 
 
 def _mask_others(edited: Tensor, draws: list[_Draw]) -> None:
@@ -307,66 +317,9 @@ def _mask_stops(edited: Tensor, draws: list[_Draw]) -> None:
         touched = _ids(sorted(set(rows)), edited)
         before = edited[touched]
         edited[_ids(rows, edited), _ids(tokens, edited)] = _NEVER
-        is_stuck = (edited[touched] == _NEVER).all(-1)
-        edited[touched[is_stuck]] = before[is_stuck]
-
-
-# -- filters -----------------------------------------------------------------------------------
-
-
-def _filtered(scaled: Tensor, params: list[SamplingParams]) -> Tensor:
-    """`scaled` `[rows, vocab]` with tokens outside min-p, top-k and top-p at -inf."""
-    if any(p.min_p > 0.0 for p in params):
-        share = _column([math.log(p.min_p) if p.min_p > 0.0 else _NEVER for p in params], scaled)
-        scaled = scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + share, _NEVER)
-    at = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0]
-    if not at:
-        return scaled
-    vocab = scaled.shape[-1]
-    top_k = [params[i].top_k if 0 < params[i].top_k < vocab else vocab for i in at]
-    floor = _column([_NEVER] * len(params), scaled)
-    some = scaled if len(at) == len(params) else scaled[at]
-    floor[at] = _thresholds(some, top_k, [params[i].top_p for i in at])
-    return scaled.masked_fill(scaled < floor, _NEVER)
-
-
-def _thresholds(scaled: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
-    """`[rows, 1]`: the smallest logit that top-k and top-p (over what top-k leaves) keep."""
-    vocab = scaled.shape[-1]
-    num = max(_NUCLEUS_CANDIDATES, *(k for k in top_k if k < vocab), 0)
-    floor = torch.empty(len(top_k), 1, dtype=scaled.dtype, device=scaled.device)
-    rows = list(range(len(top_k)))
-    while rows:
-        some = scaled if len(rows) == len(top_k) else scaled[rows]
-        limits = [top_k[i] for i in rows], [top_p[i] for i in rows]
-        floor[rows], is_open = _thresholds_among(some, *limits, min(num, vocab))
-        rows = [i for i, more in zip(rows, is_open.tolist(), strict=True) if more]
-        num *= 16  # a flat distribution: its nucleus is wider than the candidates
-    return floor
-
-
-def _thresholds_among(
-    scaled: Tensor, top_k: list[int], top_p: list[float], num: int
-) -> tuple[Tensor, Tensor]:
-    """Thresholds found among the `num` best tokens, and which rows need more than those."""
-    values = scaled.topk(num).values
-    best = values[:, :1]
-    limit = _ids(top_k, scaled).unsqueeze(1)
-    is_candidate = torch.arange(num, device=scaled.device) < limit
-    weights = (values - best).exp() * is_candidate
-    total = weights.sum(-1, keepdim=True)
-    is_unlimited = limit > num
-    if bool(is_unlimited.any()):
-        everything = (scaled.logsumexp(-1, keepdim=True) - best).exp()
-        total = torch.where(is_unlimited, everything, total)
-    # p = 1 keeps everything, whatever the rounding of the sums says.
-    mass = _column([p if p < 1.0 else math.inf for p in top_p], scaled) * total
-    reached = weights.cumsum(-1)
-    is_kept = is_candidate.clone()
-    is_kept[:, 1:] &= reached[:, :-1] < mass
-    last = is_kept.sum(-1, keepdim=True) - 1
-    is_open = (is_unlimited & (reached[:, -1:] < mass)).squeeze(1)
-    return values.gather(1, last), is_open
+        after = edited[touched]
+        is_stuck = (after == _NEVER).all(-1, keepdim=True)
+        edited[touched] = torch.where(is_stuck, before, after)
 
 
 # -- penalties ---------------------------------------------------------------------------------
@@ -398,13 +351,14 @@ class _Seen:
 def _penalise(logits: Tensor, draws: list[_Draw], seen: list[_Seen]) -> None:
     """Apply the penalties to row `draw.at` of `logits`, in place, at the tokens it has seen."""
     lengths = _ids([len(s.ids) for s in seen], logits)
+    num_entries = sum(len(s.ids) for s in seen)
 
     def spread(values: Tensor) -> Tensor:
-        return values.repeat_interleave(lengths)
+        return values.repeat_interleave(lengths, output_size=num_entries)
 
     def joined(arrays: list[array[int]]) -> Tensor:
         whole = np.concatenate([np.frombuffer(a, np.int64) for a in arrays])
-        return torch.from_numpy(whole).to(logits.device)
+        return to_device(torch.from_numpy(whole), logits.device)
 
     params = [d.traits.params for d in draws]
     rows, ids = spread(_ids([d.at for d in draws], logits)), joined([s.ids for s in seen])
