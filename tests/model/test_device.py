@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from model_steps import load_tiny
+from tiny_models import save_model
 
 from tierkv.config import EngineConfig, parse_sizes
 from tierkv.errors import ConfigError
-from tierkv.model import device
+from tierkv.model import device, loader
 from tierkv.model.quantize import check_quantization, is_quantizable
 
 
@@ -76,6 +80,40 @@ def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"no GPU can be used .*nvidia-smi"):
         device.choose_device("cuda")
+
+
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"device": "cpu", "quantization": "fp8"}])
+def test_refusals_come_before_the_model_is_read(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(ConfigError) as caught:
+        loader.load_model(EngineConfig(model="/not/there", **options))
+    assert caught.value.option in options
+
+
+@pytest.mark.parametrize("named", [torch.float32, torch.bfloat16, torch.float16])
+def test_auto_dtype_on_a_gpu_is_a_half(named: torch.dtype, tmp_path: Path) -> None:
+    hf_config = load_tiny(save_model("llama", tmp_path)).config
+    hf_config.dtype = named
+    gpu0, wanted = torch.device("cuda", 0), torch.bfloat16 if named is torch.float32 else named
+    assert loader._dtype(EngineConfig(), hf_config, gpu0) is wanted
+    assert loader._dtype(EngineConfig(dtype="float32"), hf_config, gpu0) is torch.float32
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class TooBig(torch.nn.Linear):
+        def to(self, *args: Any, **kwargs: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1 << 30, 2 << 30))
+    with torch.device("meta"):
+        model = TooBig(1 << 15, 1 << 15, bias=False)
+    words = r"TooBig.*take 4\.00 GiB, cuda:0 has 2\.00 GiB, 1\.00 GiB of them free"
+    with pytest.raises(ConfigError, match=words):
+        loader._on(torch.device("cuda", 0), model)  # type: ignore[arg-type]
 
 
 def test_fp8_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,77 @@ def test_what_is_no_decode_step_runs_packed(
         runner.run(decode(seqs[:6], 10))
 
 
+def test_a_context_beyond_the_tables_runs_packed(
+    llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = make_runner(llama, BLOCK_SIZE, NUM_BLOCKS)
+    runner.capture(SIZES, 12, PlainBackend())
+    assert runner.graphs is not None
+    monkeypatch.setattr(runner.graphs, "run", _refuse)
+    seqs = started(runner, 2)
+    with pytest.raises(AssertionError, match="by a graph"):
+        runner.run(decode(seqs, 11))
+    runner.run(decode(seqs, 12))
+
+
+class Recorder(PlainBackend):
+    """Knows which captured computation ran, by the order of capture."""
+
+    def __init__(self) -> None:
+        self.num_captured = 0
+        self.replayed: list[int] = []
+
+    def capture(self, run: Callable[[], object]) -> Callable[[], object]:
+        replay, number = super().capture(run), self.num_captured
+        self.num_captured += 1
+
+        def noted() -> None:
+            self.replayed.append(number)
+            replay()
+
+        return noted
+
+
+def test_the_smallest_graph_that_fits_is_replayed(llama: LoadedModel) -> None:
+    runner, backend = make_runner(llama, BLOCK_SIZE, NUM_BLOCKS), Recorder()
+    runner.capture((1, 2, 5), MAX_LEN, backend)
+    seqs = started(runner, 6)
+    for at, count in enumerate((1, 2, 3, 4, 5, 6), 9):
+        runner.run(decode(seqs[:count], at))
+    assert backend.replayed == [2, 1, 0, 0, 0]  # the largest was captured first; 6 do not fit
+
+
+def test_a_capture_is_told_the_most_there_can_be(llama: LoadedModel) -> None:
+    """What the lists say then holds for every later step; in the tensors all rows are padding."""
+    runner = make_runner(llama, BLOCK_SIZE, NUM_BLOCKS)
+    seen: list[tuple[list[int], list[int], int]] = []
+    forward = runner.forward
+
+    def spy(step, out=None):  # type: ignore[no-untyped-def]
+        meta = step.meta
+        lens = meta.context_lens.tolist()
+        seen.append((list(meta.context_len_list), lens, meta.block_tables.shape[1]))
+        return forward(step, out)
+
+    runner.forward = spy  # type: ignore[method-assign]
+    runner.capture((1, 4), MAX_LEN, PlainBackend())
+    width = MAX_LEN // BLOCK_SIZE
+    assert seen == [([MAX_LEN] * 4, [0] * 4, width), ([MAX_LEN], [0], width)]
+
+
+def test_padding_rows_have_finite_logits(llama: LoadedModel) -> None:
+    """Though block 0, which new tables name, is NaN, and theirs are those of earlier rows."""
+    runner = captured(llama, (4,))
+    seqs = started(runner, 3)
+    owned = {block for seq in seqs for block in seq.block_table}
+    runner.pool.tensor[[b for b in range(NUM_BLOCKS) if b not in owned]] = torch.nan
+    assert runner.graphs is not None
+    for count in (3, 1):
+        runner.graphs._buffers.logits.fill_(torch.nan)
+        runner.run(decode(seqs[:count], 12 - count))
+        assert runner.graphs._buffers.logits.isfinite().all()
+
+
 def _refuse(*_: object) -> Tensor:
     raise AssertionError("by a graph")
 

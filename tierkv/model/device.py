@@ -74,6 +74,17 @@ def _triton_problem() -> str | None:
     return None
 
 
+def gib(num_bytes: int) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def free_memory(device: torch.device) -> str:
+    """What a GPU has, and has left, for people."""
+    free, total = torch.cuda.mem_get_info(device)
+    return f"{device} has {gib(total)}, {gib(free)} of them free"
+
+
 def _cuda_error() -> str:
     """Why CUDA does not start, in one line."""
     try:

@@ -32,7 +32,7 @@ from tierkv.model.inputs import StepInputs, to_device
 logger = logging.getLogger(__name__)
 
 _LARGEST = 512
-"""Default end of the ladder: products of more rows take longer than their launches."""
+"""Default end of the ladder; larger steps launch their kernels one by one."""
 
 Forward = Callable[[StepInputs, Tensor], object]
 """Computes a step and writes its logits into a tensor."""
@@ -216,7 +216,7 @@ class DecodeGraphs:
                 self._replays[size] = self._backend.capture(partial(self._compute, size))
             except RuntimeError as error:
                 reason = (str(error).strip().splitlines() or [repr(error)])[0]
-                logger.warning("decode steps run without graphs: the model asks for %s", reason)
+                logger.warning("decode steps run without graphs: %s", reason)
                 return False
         self.sizes = sorted(sizes)
         return True

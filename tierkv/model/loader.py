@@ -15,7 +15,7 @@ from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.kernels import ops
 from tierkv.kernels.linear import pack_linears
 from tierkv.model import attention, facts, rope, trace
-from tierkv.model.device import choose_device
+from tierkv.model.device import choose_device, free_memory, gib
 from tierkv.model.fingerprint import model_fingerprint
 from tierkv.model.fuse import fuse_projections
 from tierkv.model.loaded import LoadedModel, dtype_name
@@ -86,11 +86,7 @@ def _on(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
         placed: PreTrainedModel = model.to(device).eval().requires_grad_(False)
     except torch.OutOfMemoryError as error:
         size = sum(weight.nbytes for weight in (*model.parameters(), *model.buffers()))
-        free, total = torch.cuda.mem_get_info(device)
-        fix = (
-            f"its weights take {size / 2**30:.2f} GiB, {device} has {total / 2**30:.2f} GiB, "
-            f"{free / 2**30:.2f} GiB of them free: use a smaller model or dtype, or --device cpu"
-        )
+        fix = f"its weights take {gib(size)}, {free_memory(device)}: use a smaller model or dtype"
         raise ConfigError("model", type(model).__name__, fix) from error
     return placed
 

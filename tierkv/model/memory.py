@@ -2,13 +2,15 @@
 
     room = total * utilization - used - activations - logits
 
-used is all that is taken on the device while nothing runs, by other processes too; activations the
-peak of the largest step above that; logits what graphs and the sampler hold for `max_num_seqs` rows
-(the buffer, and at most four tensors of its size while tokens are chosen). Not yet run on a GPU.
+used is all that is taken on the device while nothing runs, by other processes too, once libraries
+and kernels are loaded; activations the peak of the largest step above that; logits what graphs and
+the sampler hold for `max_num_seqs` rows (the buffer, and at most four tensors of its size while
+tokens are chosen). Not yet run on a GPU.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +19,12 @@ from tierkv.cache.layout import KVLayout
 from tierkv.cache.pools import GpuPool
 from tierkv.errors import ConfigError
 from tierkv.kernels.metadata import build_metadata
+from tierkv.model.device import free_memory, gib
 from tierkv.model.inputs import StepInputs
 from tierkv.model.loaded import LoadedModel
 from tierkv.model.runner import ModelRunner
 
 _LOGITS_COPIES = 5
-_GIB = 2**30
 
 
 @dataclass(slots=True, frozen=True)
@@ -47,18 +49,17 @@ class DeviceMemory:
         Raises:
             ConfigError: it does not hold one block, with the numbers.
         """
-        left = int(self.total * utilization) - self.used - self.activations - self.logits
+        need = self.used + self.activations + self.logits
+        left = int(self.total * utilization) - need
         if left >= block_bytes:
             return left
-        parts = {
-            "in use with the weights": self.used,
-            "of activations": self.activations,
-            "of logits": self.logits,
-        }
-        sums = ", ".join(f"{size / _GIB:.2f} GiB {name}" for name, size in parts.items())
+        share = math.ceil(100 * (need + block_bytes) / self.total) / 100
         fix = (
-            f"of {self.total / _GIB:.2f} GiB, {sums} leave no block of KV ({block_bytes} bytes): "
-            "raise it, lower max_num_batched_tokens or max_num_seqs, or take a smaller model"
+            f"of {gib(self.total)}, {gib(self.used)} in use with the weights, "
+            f"{gib(self.activations)} of activations and {gib(self.logits)} of logits leave no "
+            f"block of KV ({block_bytes} bytes): "
+            + (f"give at least {share:.2f}, " if share <= 1.0 else "")
+            + "lower max_num_batched_tokens or max_num_seqs, or take a smaller model"
         )
         raise ConfigError("gpu_memory_utilization", utilization, fix)
 
@@ -66,21 +67,36 @@ class DeviceMemory:
 def measure_memory(
     loaded: LoadedModel, layout: KVLayout, max_num_batched_tokens: int, max_num_seqs: int
 ) -> DeviceMemory:
-    """Compute the largest step on the model's GPU, over a pool of its own."""
+    """Compute the largest step on the model's GPU, over a pool of its own.
+
+    Raises:
+        ConfigError: that step does not fit, with the numbers.
+    """
+    try:
+        peak = _peak(loaded, layout, max_num_batched_tokens, max_num_seqs)
+    except torch.OutOfMemoryError as error:
+        found = free_memory(loaded.device)
+        fix = f"a step of so many tokens does not fit beside the weights ({found}): ask for fewer"
+        raise ConfigError("max_num_batched_tokens", max_num_batched_tokens, fix) from error
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(loaded.device)
+    logits = _LOGITS_COPIES * 4 * max_num_seqs * loaded.vocab_size
+    return DeviceMemory(total, total - free, peak, logits)
+
+
+def _peak(
+    loaded: LoadedModel, layout: KVLayout, max_num_batched_tokens: int, max_num_seqs: int
+) -> int:
+    """Bytes that the largest step takes for a while."""
     device = loaded.device
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
     num_tokens = min(max_num_batched_tokens, loaded.max_model_len)
     pool = GpuPool(layout, layout.blocks_for(num_tokens), device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     ModelRunner(loaded, pool).forward(prompt_of(num_tokens, max_num_seqs, layout, device))
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    del pool
-    torch.cuda.empty_cache()
-    logits = _LOGITS_COPIES * 4 * max_num_seqs * loaded.vocab_size
-    return DeviceMemory(total, total - free, peak, logits)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def prompt_of(

@@ -59,7 +59,11 @@ class ModelRunner:
             inputs = pack_rows(plan.rows, self.tables, self.pool.layout.block_size)
             if self.graphs is not None and self.graphs.can_run(inputs):
                 return self.graphs.run(inputs)
-            return self.forward(inputs.to(self.loaded.device))
+            logits = self.forward(inputs.to(self.loaded.device))
+            if not logits.shape[0] and logits.is_cuda:
+                # Nobody will read a result of this step, so what it takes ends here.
+                torch.cuda.current_stream(logits.device).synchronize()
+            return logits
 
     def warm_up(self) -> None:
         """Have every kernel compiled that a step can ask for; reads block 0 and writes none."""
