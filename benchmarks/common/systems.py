@@ -113,13 +113,15 @@ def run_continuous(model: PreTrainedModel, requests: Sequence[Request]) -> tuple
 def _manager(model: PreTrainedModel) -> Iterator[Any]:
     """A running manager; the model gets its attention back afterwards."""
     attention = model.config._attn_implementation
+    # On a GPU it finds out how many fit; on a CPU it does not.
+    num_blocks = 128 if model.device.type == "cpu" else None
     generation = GenerationConfig(
         do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=512
     )
     try:
         with model.continuous_batching_context_manager(
             generation_config=generation,
-            continuous_batching_config=ContinuousBatchingConfig(num_blocks=128),
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=num_blocks),
         ) as manager:
             yield manager
     finally:

@@ -9,10 +9,11 @@ working_set   chats that need four times the pool
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -189,17 +190,24 @@ def large_dir(setup: Setup) -> Path:
     return folder
 
 
+def free_memory(setup: Setup) -> None:
+    """Give the device back what nobody uses; an engine is a cycle, which only `gc` finds."""
+    gc.collect()
+    if setup.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def engine(setup: Setup, model: Path, **options: Any) -> Iterator[LLM]:
-    """tierkv on the device; its memory is free again afterwards."""
+    """tierkv on the device; its memory is free again afterwards, once the caller has let go of it
+    too: so one function opens one engine."""
+    free_memory(setup)
     llm = LLM(str(model), dtype="bfloat16", device=setup.device.type, **options)
     try:
         yield llm
     finally:
         llm.close()
         del llm
-        if setup.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -211,20 +219,28 @@ def large_engine(setup: Setup, **options: Any) -> Iterator[LLM]:
 def large_model(setup: Setup) -> dict[str, Any]:
     """A token of one sequence; tokens per second of 256; a step beyond the GPU's work."""
     many, num_prompt, num_new = setup.size((256, 128, 128), (4, 16, 8))
-    blocks = many * -(-(num_prompt + num_new + 16) // 16) + 64
+    requests = [Request(prompt(random.Random(i), num_prompt), num_new) for i in range(many)]
+    found = own_figures(setup, requests)
+    free_memory(setup)  # or the peer would have less of it
+    found["continuous_batching_tokens_per_s"] = tried(partial(continuous, setup, requests))
+    return found
+
+
+def own_figures(setup: Setup, requests: list[Request]) -> dict[str, Any]:
+    """Those of `large_model` that are tierkv's."""
+    many, longest = len(requests), max(len(r.prompt) + r.num_new for r in requests)
+    blocks = many * -(-(longest + 16) // 16) + 64
     with large_engine(setup, num_gpu_blocks=blocks, max_num_seqs=many) as llm:
         found: dict[str, Any] = {"one_ms_per_token": round(1000 * one_token_s(setup, llm), 3)}
         weights = sum(p.numel() * p.element_size() for p in weights_of(llm))
         if limit := setup.limits.get("copy_gb_per_s"):
             found["floor_ms"] = weights / limit / 1e6
-        requests = [Request(prompt(random.Random(i), num_prompt), num_new) for i in range(many)]
         run_tierkv(llm, requests[:2])
         steps = StepTimes(setup, llm)
         llm.reset_prefix_cache()
         seconds = wall_s(lambda: check_lengths(requests, token_ids(run_tierkv(llm, requests))))
-        found["many_tokens_per_s"] = round(many * num_new / seconds, 1)
+        found["many_tokens_per_s"] = round(sum(r.num_new for r in requests) / seconds, 1)
         found["step_ms"] = steps.result()
-    found["continuous_batching_tokens_per_s"] = tried(partial(continuous, setup, requests))
     return found
 
 
@@ -250,36 +266,48 @@ def one_token_s(setup: Setup, llm: LLM) -> float:
 
 class StepTimes:
     """Wraps the engine's executor: how long the device worked for each step of decode rows, and
-    how long the whole step took."""
+    how long the whole step took.
+
+    The device's time is that of the step's graph alone. Around the executor's whole call it would
+    count what the CPU does there before the device has anything to do.
+    """
 
     def __init__(self, setup: Setup, llm: LLM) -> None:
-        self._setup, self._core = setup, llm._engine
-        self._run, self._marks = self._core.executor.run, []  # type: ignore[var-annotated]
-        self._core.executor.run = self._timed  # type: ignore[method-assign]
+        self._setup, self._executor = setup, llm._engine.executor
+        self._run = self._executor.run
+        self._marks: list[tuple[int, float, Any]] = []
+        self._events: Any = None
+        graphs = getattr(self._executor, "graphs", None)
+        self._replays: dict[int, Callable[[], Any]] = {} if graphs is None else graphs._replays
+        self._plain = dict(self._replays)
+        self._replays.update({n: partial(self._replay, run) for n, run in self._plain.items()})
+        self._executor.run = self._timed  # type: ignore[method-assign]
+
+    def _replay(self, replay: Callable[[], Any]) -> None:
+        first, last = self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        first.record()
+        replay()
+        last.record()
 
     def _timed(self, plan: Any) -> Any:
-        if self._setup.device.type != "cuda":
-            return self._run(plan)
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
+        self._events = None
         logits = self._run(plan)
-        last.record()
-        is_decode = all(row.num_tokens == 1 for row in plan.rows)
-        self._marks.append((len(plan.rows) if is_decode else 0, time.perf_counter(), first, last))
+        self._marks.append((len(plan.rows), time.perf_counter(), self._events))
         return logits
 
     def result(self) -> dict[str, float]:
-        """Medians over steps of the largest batch that only decode; empty on the CPU."""
-        self._core.executor.run = self._run  # type: ignore[method-assign]
-        if not self._marks:
-            return {}
+        """Medians over steps of the largest batch that was a graph; empty where none was."""
+        self._executor.run = self._run  # type: ignore[method-assign]
+        self._replays.update(self._plain)
         self._setup.synchronize()
-        largest = max(mark[0] for mark in self._marks)
+        largest = max((size for size, _, events in self._marks if events), default=0)
         pairs = [
-            (after[1] - before[1], after[2].elapsed_time(after[3]) / 1000)
-            for before, after in zip(self._marks, self._marks[1:], strict=False)
-            if before[0] == after[0] == largest
+            (at - before[1], events[0].elapsed_time(events[1]) / 1000)
+            for before, (size, at, events) in zip(self._marks, self._marks[1:], strict=False)
+            if events and before[2] and before[0] == size == largest
         ]
+        if not pairs:
+            return {}
         whole, gpu = (1000 * statistics.median(times) for times in zip(*pairs, strict=True))
         return {"whole": round(whole, 3), "gpu": round(gpu, 3), "beyond": round(whole - gpu, 3)}
 
@@ -289,6 +317,7 @@ def continuous(setup: Setup, requests: list[Request]) -> float:
     with torch.device(setup.device):
         model = AutoModelForCausalLM.from_config(large_config(setup), dtype=torch.bfloat16).eval()
     run_continuous(model, requests[:2])
+    free_memory(setup)  # its cache takes a share of what is free
     outputs, seconds = run_continuous(model, requests)
     return round(check_lengths(requests, outputs) / seconds, 1)
 
@@ -325,6 +354,12 @@ def first_token(setup: Setup) -> dict[str, Any]:
         "load_policy": "load",
         "prefetch_policy": "none",
     }
+    seconds = seconds_by_place(setup, prefix, options)
+    seconds["restart"] = after_restart(setup, prefix, options)
+    return {"length": length, "seconds": seconds}
+
+
+def seconds_by_place(setup: Setup, prefix: list[int], options: dict[str, Any]) -> dict[str, float]:
     seconds: dict[str, float] = {}
     with large_engine(setup, **options) as llm:
         ask(llm, prefix[:100])
@@ -333,10 +368,13 @@ def first_token(setup: Setup) -> dict[str, Any]:
             runs = [place() for _ in range(setup.size(3, 1))]
             seconds[where] = round(statistics.median(run["_seconds"] for run in runs), 4)
         settle(llm)
+    return seconds
+
+
+def after_restart(setup: Setup, prefix: list[int], options: dict[str, Any]) -> float:
     with large_engine(setup, **options) as llm:
         ask(llm, [1, 5, 6])
-        seconds["restart"] = round(timed(partial(ask, llm, prefix + [5] * UNIQUE))[0], 4)
-    return {"length": length, "seconds": seconds}
+        return round(timed(partial(ask, llm, prefix + [5] * UNIQUE))[0], 4)
 
 
 def first_token_rows(found: dict[str, Any]) -> Rows:
@@ -364,13 +402,15 @@ def working_set(setup: Setup) -> dict[str, Any]:
             "offload": f"cpu={setup.size('40GiB', '64MiB')}",
         },
     }
-    found: dict[str, Any] = {}
-    for name, options in variants.items():
-        with large_engine(setup, **shared, **options) as llm:
-            notes: dict[str, Any] = {}
-            seconds = wall_s(lambda: notes.update(play(llm, chats)))  # noqa: B023
-        found[name] = {"tokens_per_s": round(notes["generated_tokens"] / seconds, 1), **notes}
-    return found
+    return {name: played(setup, chats, {**shared, **own}) for name, own in variants.items()}
+
+
+def played(setup: Setup, chats: Chats, options: dict[str, Any]) -> dict[str, Any]:
+    with large_engine(setup, **options) as llm:
+        start = time.perf_counter()
+        notes = play(llm, chats)
+        seconds = time.perf_counter() - start
+    return {"tokens_per_s": round(notes["generated_tokens"] / seconds, 1), **notes}
 
 
 def working_set_rows(found: dict[str, Any]) -> Rows:

@@ -116,8 +116,7 @@ def run_section(section: Section, setup: Setup) -> dict[str, Any]:
     except Exception as error:  # the other sections are worth their time all the same
         traceback.print_exc()
         found = {"failed": f"{type(error).__name__}: {error}"}
-    if setup.device.type == "cuda":
-        torch.cuda.empty_cache()
+    engine.free_memory(setup)
     return {**found, "seconds": round(time.perf_counter() - start, 1)}
 
 

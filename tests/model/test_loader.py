@@ -17,7 +17,7 @@ from torch import nn
 from tierkv.config import EngineConfig
 from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.kernels.linear import PackedLinear, can_pack
-from tierkv.model import probe
+from tierkv.model import loader, probe
 from tierkv.model.fuse import FusedLinear
 from tierkv.model.loader import load_model
 
@@ -59,6 +59,24 @@ def test_dummy_weights_need_a_config_only_and_follow_the_seed(tmp_path: Path) ->
     weight = one.model.model.layers[0].mlp.up_proj.weight
     assert 0.11 < float(weight.std()) < 0.13
     assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_dummy_weights_are_made_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model("llama", tmp_path)
+    found: list[set[str]] = []
+
+    def placed(device: torch.device, model: nn.Module) -> nn.Module:
+        found.append({weight.device.type for weight in model.parameters()})
+        raise InterruptedError
+
+    monkeypatch.setattr(loader, "choose_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(loader, "_on", placed)
+    for load_format in ("dummy", "auto"):
+        with pytest.raises(InterruptedError):
+            load_tiny(tmp_path, load_format=load_format)
+    assert found == [{"meta"}, {"cpu"}]
 
 
 def test_dummy_weights_leave_the_global_random_state_alone(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def load_model(config: EngineConfig, shard: Shard = WHOLE) -> LoadedModel:
     check_shardable(hf_config, shard)
     dtype = _dtype(config, hf_config, device)
     with rank_in_environment(shard):
-        model = _on(device, _build(config, source, hf_config, dtype, shard))
+        model = _on(device, _build(config, source, hf_config, dtype, shard, device))
     max_model_len = rope.fix_length(model, hf_config, config.max_model_len)
     variant = f"{dtype_name(dtype)}, {max_model_len} positions"
     if config.quantization is not None:
@@ -173,7 +173,12 @@ def _dtype(config: EngineConfig, hf_config: Any, device: torch.device) -> torch.
 
 
 def _build(
-    config: EngineConfig, source: str, hf_config: Any, dtype: torch.dtype, shard: Shard
+    config: EngineConfig,
+    source: str,
+    hf_config: Any,
+    dtype: torch.dtype,
+    shard: Shard,
+    device: torch.device,
 ) -> PreTrainedModel:
     """The module with its weights: read, or random from the seed."""
     common: dict[str, Any] = {
@@ -183,7 +188,7 @@ def _build(
     }
     try:
         if config.load_format == "dummy":
-            return _dummy(config, hf_config, common, shard)
+            return _dummy(config, hf_config, common, shard, device)
         model: PreTrainedModel
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
@@ -205,10 +210,12 @@ def _build(
 
 
 def _dummy(
-    config: EngineConfig, hf_config: Any, common: dict[str, Any], shard: Shard
+    config: EngineConfig, hf_config: Any, common: dict[str, Any], shard: Shard, device: torch.device
 ) -> PreTrainedModel:
-    """Random weights from the seed; a rank makes all and keeps its part."""
-    with torch.random.fork_rng(devices=[]):
+    """Random weights from the seed, made on the device: on a CPU billions of them take minutes. A
+    rank makes all, on the CPU, and keeps its part."""
+    place = device if shard.is_whole else torch.device("cpu")
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []), place:
         torch.manual_seed(config.seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config, **common)
     if shard.is_whole:
