@@ -20,7 +20,7 @@ MAX_CODE_LINES = {
     "front": 2_500,  # text in and out, the engine's process and the way to it
     "sampling": 1_000,
     "watching": 500,
-    "model": 1_500,
+    "model": 1_700,
     "kernels": 2_500,
     "triton": 1_500,
     "tp": 1_000,  # processes that share a model, and what rank 0 makes of their answers
