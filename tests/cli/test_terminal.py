@@ -94,6 +94,12 @@ def test_chat_survives_what_it_cannot_answer(
 
 @pytest.mark.full
 def test_ctrl_c_ends_an_answer_and_not_the_chat(servable: Path) -> None:
+    # On a busy machine the answer may be over before the signal comes.
+    assert any(len(interrupted_answer(servable)) < 1900 for _ in range(5))
+
+
+def interrupted_answer(servable: Path) -> bytes:
+    """What a chat shows of an answer of 1,900 tokens that Ctrl-C ends, and then the next prompt."""
     command = [
         *(sys.executable, "-P", "-m", "tierkv", "chat", str(servable), *SMALL),
         *("--ignore-eos", "--max-tokens", "1900"),
@@ -114,4 +120,4 @@ def test_ctrl_c_ends_an_answer_and_not_the_chat(servable: Path) -> None:
         rest = chat.stdout.read()
         assert chat.wait(60) == 0
     assert rest.endswith(b"\n> ")
-    assert len(rest) < 1900
+    return rest
