@@ -203,6 +203,9 @@ def engine(setup: Setup, model: Path, **options: Any) -> Iterator[LLM]:
     too: so one function opens one engine."""
     free_memory(setup)
     llm = LLM(str(model), dtype="bfloat16", device=setup.device.type, **options)
+    if (moves := llm._engine.cache.moves) is not None:
+        moves._mover.warm_up(60.0)  # type: ignore[attr-defined]  # its memory is registered
+    del moves
     try:
         yield llm
     finally:
@@ -399,7 +402,7 @@ def working_set(setup: Setup) -> dict[str, Any]:
         "swap + lookahead": {
             "num_gpu_blocks": pool,
             "preemption_mode": "swap",
-            "offload": f"cpu={setup.size('40GiB', '64MiB')}",
+            "offload": f"cpu={setup.size('24GiB', '64MiB')}",
         },
     }
     return {name: played(setup, chats, {**shared, **own}) for name, own in variants.items()}

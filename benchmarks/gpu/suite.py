@@ -55,8 +55,8 @@ class Section:
 
 SECTIONS = {
     "limits": Section(limits.run, limits.rows, 10),
-    "correctness": Section(correctness.run, correctness.rows, 40),
-    "tokens": Section(engine.tokens, engine.tokens_rows, 40),
+    "correctness": Section(correctness.run, correctness.rows, 70),
+    "tokens": Section(engine.tokens, engine.tokens_rows, 90),
     "moved_bytes": Section(moves.check, moves.check_rows, 10),
     "decode": Section(attention.decode, attention.decode_rows, 40),
     "prefill": Section(attention.prefill, attention.prefill_rows, 40),
@@ -111,12 +111,17 @@ def file_of(args: argparse.Namespace, device: torch.device) -> Path | None:
 def run_section(section: Section, setup: Setup) -> dict[str, Any]:
     """Its result, or how it failed; either way how long it took."""
     start = time.perf_counter()
+    found: dict[str, Any] = {}
     try:
-        found: dict[str, Any] = {"result": section.run(setup)}
+        found = {"result": section.run(setup)}
+        setup.synchronize()  # what went wrong on the device shows here at the latest
     except Exception as error:  # the other sections are worth their time all the same
         traceback.print_exc()
         found = {"failed": f"{type(error).__name__}: {error}"}
-    engine.free_memory(setup)
+    try:
+        engine.free_memory(setup)
+    except RuntimeError as error:  # from now on the device refuses everything; say it, go on
+        found = {"failed": found.get("failed", f"{type(error).__name__}: {error}")}
     return {**found, "seconds": round(time.perf_counter() - start, 1)}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,29 @@ def test_dummy_weights_are_made_on_the_device(
         with pytest.raises(InterruptedError):
             load_tiny(tmp_path, load_format=load_format)
     assert found == [{"meta"}, {"cpu"}]
+
+
+def test_memory_of_a_closed_engine_goes_before_a_model_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model("llama", tmp_path)
+    cycle = nn.Module()
+    vars(cycle)["itself"], left = cycle, weakref.ref(cycle)
+
+    def placed(device: torch.device, model: nn.Module) -> nn.Module:
+        raise InterruptedError(left())
+
+    monkeypatch.setattr(loader, "choose_device", lambda name: torch.device("meta"))
+    monkeypatch.setattr(loader, "_on", placed)
+    gc.disable()
+    try:
+        del cycle
+        assert left() is not None
+        with pytest.raises(InterruptedError) as raised:
+            load_tiny(tmp_path, load_format="dummy")
+    finally:
+        gc.enable()
+    assert raised.value.args == (None,)
 
 
 def test_dummy_weights_leave_the_global_random_state_alone(tmp_path: Path) -> None:

@@ -93,9 +93,11 @@ class CudaBackend:
             run()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Threads that move blocks may go on calling CUDA meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        # Threads that move blocks may go on calling CUDA meanwhile. A capture that fails leaves its
+        # stream behind as the current one; the outer context puts back the one before.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
         ):
             run()
         return graph.replay

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def load_model(config: EngineConfig, shard: Shard = WHOLE) -> LoadedModel:
         torch.set_num_threads(config.num_threads)
     source = str(DEMO) if config.model == "demo" else config.model
     device = choose_device(config.device)
+    if device.type != "cpu":
+        gc.collect()  # an engine that was closed is a cycle, which keeps the device full
     check_quantization(config.quantization, device)
     hf_config = load_config(config, source)
     check_shardable(hf_config, shard)
