@@ -1,4 +1,4 @@
-"""Everything that needs a real GPU, in one program of less than nine minutes.
+"""Everything that needs a real GPU, in one program that stops before nine minutes are over.
 
 Correctness comes first; then what is measured, each figure beside its limit or peer in the same
 run; a table last. Every section's result is written when it ends, so that `--resume` goes on where
