@@ -14,6 +14,7 @@ import pytest
 from programs import run
 
 
+@pytest.mark.full  # half a minute of disk
 def test_moves(tmp_path: Path) -> None:
     result = run("moves", tmp_path, "--folder", str(tmp_path / "device"))
     kinds = {"memcpy": [result["memory"]], "fio": [*result["nvme"].values()]}
