@@ -135,10 +135,6 @@ class FakeGpu:
     def wait(self, stream: FakeStream, event: FakeEvent) -> None:
         self._issue(stream, event)
 
-    def is_done(self, event: FakeEvent) -> bool:
-        self._check_alive()
-        return event.at_s is not None
-
     def synchronize(self, event: FakeEvent) -> None:
         with self._changed:
             while event.at_s is None:

@@ -362,36 +362,6 @@ def test_large_blocks_are_one_call_and_small_ones_one_copy(world: World) -> None
         assert made.gpu.calls == dict.fromkeys(kinds, 1)
 
 
-# ---------------------------------------------------------------------- reading before the result
-
-
-@SIZES
-@pytest.mark.parametrize("ends", UP)
-def test_what_to_wait_for_before_the_result_is_there(sizes, ends: Ends, world: World) -> None:
-    made, seen = world(sizes), []
-    made.fill(ends[0], 5, 2)
-    hold_copies(made.gpu)
-    made.mover.begin([move(1, 2, (ends[0], 5), (GPU, 3))])
-    until(lambda: made.mover.arrival(1) is not None)
-    made.gpu.wait(made.gpu.compute, made.mover.arrival(1))
-    made.gpu.launch(lambda: seen.append(bytes_of(made, 3)))
-    let_go(made.gpu)
-    made.gpu.synchronize(made.gpu.record(made.gpu.compute))
-    assert seen == [payload(2, ODD.block_bytes)]
-    finish(made.mover, 1)
-    assert made.mover.arrival(1) is None
-
-
-def test_what_goes_down_arrives_nowhere(world: World) -> None:
-    made = world()
-    hold_copies(made.gpu)
-    made.mover.begin([move(1, 2, (GPU, 5), (CPU, 3))])
-    until(lambda: made.gpu.calls["gather"] > 0)
-    assert made.mover.arrival(1) is None
-    let_go(made.gpu)
-    finish(made.mover, 1)
-
-
 def test_slots_outside_are_a_bug(world: World) -> None:
     made = world(LARGE)
     made.mover.begin([move(1, 1, (GPU, SLOTS), (CPU, 0))])

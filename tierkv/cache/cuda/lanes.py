@@ -17,7 +17,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -44,21 +44,9 @@ class LaneSizes:
     num_buffers: int = 2
 
 
-@dataclass(slots=True)
-class Marks:
-    """Events by the tickets of moves that have begun and whose results were not polled.
-
-    Attributes:
-        begun: behind all that the compute stream had been given when the move began.
-        arriving: behind the copy into the pool, once it was issued.
-    """
-
-    begun: dict[int, Event] = field(default_factory=dict)
-    arriving: dict[int, Event] = field(default_factory=dict)
-
-    def forget(self, ticket: int) -> None:
-        self.begun.pop(ticket, None)
-        self.arriving.pop(ticket, None)
+Marks = dict[int, Event]
+"""By the tickets of moves that have begun and whose results were not polled: an event behind all
+that the compute stream had been given when the move began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +109,7 @@ class Lane:
     Args:
         device: of the pool.
         pool: uint8 `[num_blocks, block_bytes]` on the device.
-        marks: events of moves.
+        marks: see `Marks`.
         sizes: how to copy.
     """
 
@@ -178,14 +166,12 @@ class Lane:
             buffer = self._idle.pop()
             self._fill(part, buffer)
         host_s = time.perf_counter() - start_s
-        begun = [self._marks.begun[move.ticket] for move in part.moves]
+        begun = [self._marks[move.ticket] for move in part.moves]
         for event in dict.fromkeys(begun):
             self._device.wait(self._stream, event)
         start = self._device.record(self._stream)
         self._issue(part, buffer)
-        transfer = Transfer(part, buffer, start, self._device.record(self._stream), host_s)
-        self._issued(transfer)
-        return transfer
+        return Transfer(part, buffer, start, self._device.record(self._stream), host_s)
 
     def finish(self, transfer: Transfer) -> float:
         """Return when the bytes are where they belong.
@@ -224,9 +210,6 @@ class Lane:
 
     def _issue(self, part: Part, buffer: Buffer | None) -> None:
         raise NotImplementedError
-
-    def _issued(self, transfer: Transfer) -> None:
-        """After the copies were issued."""
 
     def _empty(self, part: Part, buffer: Buffer) -> None:
         """After the copies are done."""
@@ -274,10 +257,6 @@ class UpLane(Lane):
             host = buffer.host.rows[: len(tos)]
             device.to_device(stream, host.view(1, -1), [0], packed.view(1, -1), [0])
             device.scatter(stream, packed, self._pool, tos)
-
-    def _issued(self, transfer: Transfer) -> None:
-        arriving = {move.ticket: transfer.end for move in transfer.part.moves}
-        self._marks.arriving.update(arriving)
 
 
 def _check(slots: Sequence[int], num_slots: int) -> None:

@@ -19,7 +19,7 @@ What may overtake what:
                                             released, once its event has happened
     a copy into the pool                    before the forward that reads it: the engine uses
                                             blocks whose results it polled, and the event of these
-                                            has happened; `arrival` is for one that would not wait
+                                            has happened
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch
 
 from tierkv.cache.cuda.lanes import DownLane, Lane, LaneSizes, Marks, Part, Transfer, UpLane
 from tierkv.cache.cuda.registered import PIECE_BYTES, RegisteredMemory
-from tierkv.cache.cuda.streams import Device, Event
+from tierkv.cache.cuda.streams import Device
 from tierkv.cache.cuda.torch_device import TorchDevice
 from tierkv.cache.link_mover import LinkMover, Loop, check_sizes
 from tierkv.cache.links import Link, Memory
@@ -100,7 +100,7 @@ class CudaMover(LinkMover):
         self._pool = pool.tensor.detach().view(torch.uint8).view(pool.num_blocks, pool.block_bytes)
         self._sizes, self._num_in_flight = sizes or LaneSizes(), num_in_flight
         self._piece_bytes = piece_bytes
-        self._marks = Marks()
+        self._marks: Marks = {}
         self._lanes: list[Lane] = []
         self._registered: list[RegisteredMemory] = []
         self._memory: dict[TierName, Memory] = {}
@@ -154,20 +154,14 @@ class CudaMover(LinkMover):
     def begin(self, moves: Sequence[Move]) -> None:
         if any(GPU in (move.source, move.destination) for move in moves):
             event = self._device.record(self._device.compute_stream())
-            self._marks.begun.update((move.ticket, event) for move in moves)
+            self._marks.update((move.ticket, event) for move in moves)
         super().begin(moves)
 
     def poll(self) -> list[MoveResult]:
         results = super().poll()
         for result in results:
-            self._marks.forget(result.ticket)
+            self._marks.pop(result.ticket, None)
         return results
-
-    def arrival(self, ticket: int) -> Event | None:
-        """The event behind which the block of a move into the pool is there, once its copy was
-        issued and until its result was polled: what a stream has to wait for that reads the block
-        before. None at other times."""
-        return self._marks.arriving.get(ticket)
 
     def warm_up(self, timeout_s: float) -> None:
         for memory in self._registered:

@@ -50,10 +50,6 @@ class Device(Protocol):
         """Let what is issued to the stream from now on start after the event."""
         ...
 
-    def is_done(self, event: Event) -> bool:
-        """Whether the event has happened."""
-        ...
-
     def synchronize(self, event: Event) -> None:
         """Return when the event has happened; sleeps, without the interpreter lock."""
         ...

@@ -77,10 +77,6 @@ class TorchDevice:
         with _doing("wait for an event"):
             stream.wait_event(event)
 
-    def is_done(self, event: Event) -> bool:
-        with _doing("copy blocks"):
-            return bool(event.query())
-
     def synchronize(self, event: Event) -> None:
         with _doing("copy blocks"):
             event.synchronize()
