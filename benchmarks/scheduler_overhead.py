@@ -21,7 +21,7 @@ from tierkv.config import EngineConfig
 from tierkv.engine.core import EngineCore, EngineInfo, EngineRequest, MonotonicClock
 from tierkv.engine.plan import Plan
 from tierkv.engine.sampling_params import SamplingParams
-from tierkv.types import RowResult, SampledToken
+from tierkv.types import GivenResults, RowResult, SampledToken
 
 VOCAB = 32_000
 
@@ -32,8 +32,8 @@ class InstantExecutor:
     def run(self, plan: Plan) -> None:
         return None
 
-    def sample(self, logits: None, plan: Plan) -> list[RowResult]:
-        return [RowResult([SampledToken(1)] * row.num_samples) for row in plan.rows]
+    def draw(self, logits: None, plan: Plan) -> GivenResults:
+        return GivenResults([RowResult([SampledToken(1)] * row.num_samples) for row in plan.rows])
 
     def forget(self, seq_id: int) -> None:
         pass
@@ -79,7 +79,7 @@ def measure_steps(sequences: int, context: int, steps: int) -> dict[str, float]:
         start = time.perf_counter()
         plan = core.scheduler.plan()
         planned = time.perf_counter()
-        results = sampler.sample(None, plan)
+        results = sampler.draw(None, plan).results()
         sampled = time.perf_counter()
         core.scheduler.commit(plan, results)
         plans.append((planned - start) * 1e3)

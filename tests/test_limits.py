@@ -41,7 +41,8 @@ _FRONT = (
     " outputs process tokenizer wire"
 )
 _SAMPLING = (
-    "grammar grammar_masks grammar_params grammar_queue sampler sampler_filters sampling_params"
+    "grammar grammar_masks grammar_params grammar_queue sampler sampler_filters sampler_logprobs"
+    " sampler_unread sampling_params"
 )
 _WATCHING = "cells holders observe tier_metrics timeline"
 for _part, _names in (("front", _FRONT), ("sampling", _SAMPLING), ("watching", _WATCHING)):

@@ -19,6 +19,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MAX_THREADS = 1024
 _KINDS: dict[str, tuple[type, ...]] = {
     "bool": (bool,),
+    "bool | None": (bool, NoneType),
     "float": (float, int),
     "str": (str,),
     "str | None": (str, NoneType),
@@ -146,6 +147,9 @@ class EngineConfig:
 
     max_num_seqs: int = option(256, "sequences running at once, at most")
     max_num_batched_tokens: int = option(2048, "tokens in one step, at most (chunked prefill)")
+    async_scheduling: bool | None = option(
+        None, "plan and launch a step before the last one's tokens are read; default: on a GPU"
+    )
     enforce_eager: bool = option(False, "no CUDA graphs for decode steps")
     cuda_graph_sizes: int | str | None = option(
         None, "batch sizes to capture: 1,2,4,8, or one number, the largest; default: up to 512"
@@ -184,6 +188,9 @@ class EngineConfig:
             raise ConfigError("offload", self.offload, fix)
         if self.oversubscribe and self.offload is None:
             raise ConfigError("oversubscribe", True, "needs a tier to swap to: offload=cpu")
+        if self.async_scheduling and self.tensor_parallel_size > 1:
+            fix = "steps are not overlapped with tensor_parallel_size above 1: leave it out"
+            raise ConfigError("async_scheduling", True, fix)
         share = self.load_timeout
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not share > 0:
             raise ConfigError("load_timeout", share, "must be a number of seconds above 0")

@@ -28,7 +28,7 @@ class Executor(Protocol):
     """
 
     def run(self, plan: Plan) -> Any:
-        """Copy-on-write first, then the forward.
+        """Copy-on-write first, then the forward; need not wait for the device.
 
         Returns the logits `[sum(row.num_logit_rows), vocab_size]`, rows in plan order.
         """
@@ -56,11 +56,28 @@ class Workers(Protocol):
         ...
 
 
+class Drawn(Protocol):
+    """What was drawn for a step; its values may still be on their way from the device."""
+
+    @property
+    def is_known(self) -> bool:
+        """The host has them already."""
+        ...
+
+    def results(self) -> list[RowResult]:
+        """One per row of the plan, in order; waits for the device. Called once."""
+        ...
+
+
 class Sampler(Protocol):
     """Turns logits into tokens; keeps per-sequence state (seeds, penalty counts) by `seq_id`."""
 
-    def sample(self, logits: Any, plan: Plan) -> list[RowResult]:
-        """One result per row of `plan.rows`, in order."""
+    def draw(self, logits: Any, plan: Plan) -> Drawn:
+        """Draw for every row of `plan.rows` whose sequence is live.
+
+        The steps before were committed: every token of a sequence is known, but those drawn here.
+        Executor and sampler agree on what an unread `Drawn` holds; see `Plan.unread`.
+        """
         ...
 
     def forget(self, seq_id: int) -> None:

@@ -134,3 +134,20 @@ class RowResult:
 
     samples: list[SampledToken] = field(default_factory=list)
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class GivenResults:
+    """Results that no device has to be asked for: the simplest `tierkv.protocols.Drawn`.
+
+    Attributes:
+        rows: one per row of the plan, in order.
+        is_known: False has them read as late as those of a device.
+    """
+
+    rows: list[RowResult]
+    is_known: bool = True
+
+    def results(self) -> list[RowResult]:
+        """All rows."""
+        return self.rows

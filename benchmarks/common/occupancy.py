@@ -11,7 +11,7 @@ from tierkv.engine.core import EngineCore, EngineInfo, EngineRequest, MonotonicC
 from tierkv.engine.plan import Plan
 from tierkv.engine.request import Sequence
 from tierkv.engine.sampling_params import SamplingParams
-from tierkv.types import RowResult, SampledToken
+from tierkv.types import GivenResults, RowResult, SampledToken
 
 
 @dataclass(slots=True)
@@ -82,8 +82,8 @@ class TokenCounter:
     def run(self, plan: Plan) -> None:
         return None
 
-    def sample(self, logits: None, plan: Plan) -> list[RowResult]:
-        return [RowResult(list(self._tokens(row.num_samples))) for row in plan.rows]
+    def draw(self, logits: None, plan: Plan) -> GivenResults:
+        return GivenResults([RowResult(list(self._tokens(row.num_samples))) for row in plan.rows])
 
     def _tokens(self, count: int) -> Iterator[SampledToken]:
         for _ in range(count):

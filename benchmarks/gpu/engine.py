@@ -249,7 +249,7 @@ def own_figures(setup: Setup, requests: list[Request]) -> dict[str, Any]:
 
 def weights_of(llm: LLM) -> Iterator[torch.nn.Parameter]:
     """All that a decode step reads: not the embedding, of which it reads a few rows."""
-    model: PreTrainedModel = llm._engine.executor.loaded.model  # type: ignore[attr-defined]
+    model: PreTrainedModel = llm._engine.steps.executor.loaded.model  # type: ignore[attr-defined]
     embedding = model.get_input_embeddings().weight
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is embedding
@@ -276,7 +276,7 @@ class StepTimes:
     """
 
     def __init__(self, setup: Setup, llm: LLM) -> None:
-        self._setup, self._executor = setup, llm._engine.executor
+        self._setup, self._executor = setup, llm._engine.steps.executor
         self._run = self._executor.run
         self._marks: list[tuple[int, float, Any]] = []
         self._events: Any = None

@@ -148,7 +148,7 @@ def test_an_engine_that_failed_can_be_closed(
     def fail(*_: Any) -> None:
         raise RuntimeError("the model fails")
 
-    monkeypatch.setattr(core.executor, "run", fail)
+    monkeypatch.setattr(core.steps.executor, "run", fail)
     with pytest.raises(RuntimeError, match="the model fails"):
         core.step()
     core.close()

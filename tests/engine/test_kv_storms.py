@@ -38,6 +38,7 @@ def random_engine(rng: random.Random) -> dict[str, Any]:
         "pin_budget": rng.choice([None, 1 << 20]),
         "oversubscribe": bool(cpu or nvme) and rng.random() < 0.3,
         "time_slice": 3,
+        "async_scheduling": rng.random() < 0.5,
         "limits": MoveLimits(
             load_timeout_s=rng.choice([2.0, 100.0]),
             step_bytes=rng.choice([4, 1000]),

@@ -39,7 +39,8 @@ def decode_row(seq: Sequence, num_samples: int = 1) -> PlanRow:
 def sample(
     sampler: TorchSampler, logits: torch.Tensor, seqs: list[Sequence], num_samples: int = 1
 ) -> list[RowResult]:
-    return sampler.sample(logits, Plan([decode_row(seq, num_samples) for seq in seqs]))
+    rows = [decode_row(seq, num_samples) for seq in seqs]
+    return sampler.draw(logits, Plan(rows)).results()
 
 
 def tokens_of(results: list[RowResult]) -> list[list[int]]:
@@ -334,8 +335,8 @@ def test_prompt_logprobs_come_chunk_by_chunk_beside_other_rows() -> None:
     sampler = TorchSampler()
     first = Plan([PlanRow(silent, 0, 2, 0, 0), PlanRow(seq, 0, 160, 0, 160), decode_row(other)])
     second = Plan([decode_row(other), PlanRow(seq, 160, 140, 1, 140)])
-    a = sampler.sample(torch.cat([logits[:160], logits[300:]]), first)
-    b = sampler.sample(torch.cat([logits[300:], logits[160:300]]), second)
+    a = sampler.draw(torch.cat([logits[:160], logits[300:]]), first).results()
+    b = sampler.draw(torch.cat([logits[300:], logits[160:300]]), second).results()
     assert [len(r.samples) for r in a] == [0, 0, 1]
     assert [len(r.samples) for r in b] == [1, 1]
     entries = a[1].prompt_logprobs + b[1].prompt_logprobs
@@ -349,7 +350,7 @@ def test_prompt_logprobs_when_a_chunk_is_one_token() -> None:
     logits = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(5))
     seq = make_seq([7, 8], temperature=0.0, prompt_logprobs=0)
     plan = Plan([PlanRow(seq, 0, 1, 0, 1)])
-    (result,) = TorchSampler().sample(logits, plan)
+    (result,) = TorchSampler().draw(logits, plan).results()
     (entry,) = result.prompt_logprobs
     assert not result.samples
     check_logprobs(entry, logits[0], 0, 8)
@@ -357,6 +358,6 @@ def test_prompt_logprobs_when_a_chunk_is_one_token() -> None:
 
 def test_an_empty_step_and_a_step_without_logits() -> None:
     sampler = TorchSampler()
-    assert sampler.sample(torch.empty(0, VOCAB), Plan()) == []
+    assert sampler.draw(torch.empty(0, VOCAB), Plan()).results() == []
     plan = Plan([PlanRow(make_seq([1, 2, 3]), 0, 2, 0, 0)])
-    assert sampler.sample(torch.empty(0, VOCAB), plan) == [RowResult()]
+    assert sampler.draw(torch.empty(0, VOCAB), plan).results() == [RowResult()]

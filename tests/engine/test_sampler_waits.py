@@ -1,4 +1,5 @@
-"""How often the sampler waits for the device that has the logits: once a step, for the tokens.
+"""How often the sampler waits for the device that has the logits: once a step, for the tokens, and
+not before somebody asks for them.
 
 On a GPU a tensor that the host reads, an index whose size depends on values, and a plain list that
 becomes an index all wait until the device has done everything before. The calls are the same on a
@@ -7,6 +8,7 @@ CPU, where they are counted here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,7 +65,7 @@ ASKED: list[dict[str, Any]] = [
     {"seed": 5},
     {"top_k": 5, "seed": 6},
     {"top_k": 300},
-    {"top_p": 0.9, "temperature": 0.5},
+    {"top_p": 0.9, "top_k": 200, "temperature": 0.5},
     {"top_p": 0.5, "top_k": 12, "min_p": 0.01},
     {"min_p": 0.1},
     {"logit_bias": {5: 2.0}, "allowed_token_ids": [5, 6]},
@@ -84,17 +86,37 @@ def test_the_tokens_of_a_step_are_the_only_thing_that_is_read(has_chunk: bool) -
     logits = peaked(sum(row.num_logit_rows for row in rows))
     sampler = TorchSampler(1)
     with Waits() as waits:
-        results = sampler.sample(logits, Plan(rows))
-    assert waits.names.count("tolist") == 1
-    assert set(waits.names) == {"tolist"}
+        unread = sampler.draw(logits, Plan(rows))
+    assert waits.names == []
+    logits.fill_(math.nan)  # the next step's
+    with Waits() as waits:
+        results = unread.results()
+    assert waits.names == ["tolist"]
     assert [len(result.samples) for result in results] == [row.num_samples for row in rows]
 
 
 def test_only_greedy_rows_and_only_drawn_rows() -> None:
-    for params in ({"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.8}):
+    for params in ({"temperature": 0.0}, {"temperature": 1.0, "top_p": 0.8, "top_k": 9}):
+        rows = [make_row(n, **params) for n in range(3)]
         with Waits() as waits:
-            TorchSampler().sample(peaked(3), Plan([make_row(n, **params) for n in range(3)]))
+            TorchSampler().draw(peaked(3), Plan(rows)).results()
         assert waits.names == ["tolist"]
+
+
+def test_logprobs_come_beside_the_tokens() -> None:
+    rows = [make_row(n, temperature=0.0, logprobs=n, prompt_logprobs=2) for n in range(3)]
+    rows = [PlanRow(row.seq, 0, 2, 1, 2) for row in rows]
+    logits = peaked(6)
+    with Waits() as waits:
+        unread = TorchSampler().draw(logits, Plan(rows))
+    assert waits.names == []
+    best = logits.argmax(-1).view(3, 2)[:, 1].tolist()
+    logits.fill_(math.nan)
+    results = unread.results()
+    assert [result.samples[0].token_id for result in results] == best
+    for result in results:
+        assert [entry.rank for entry in (result.samples[0].logprobs or {}).values()][0] == 1
+        assert len(result.prompt_logprobs) == 1
 
 
 def test_a_wide_nucleus_is_drawn_again_from_the_same_numbers(
@@ -108,8 +130,8 @@ def test_a_wide_nucleus_is_drawn_again_from_the_same_numbers(
         monkeypatch.setattr(sampler_module, "_NUCLEUS_CANDIDATES", num_candidates)
         rows = [make_row(n, top_p=0.9, **({"seed": n} if n % 2 else {})) for n in range(4)]
         with Waits() as waits:
-            results = TorchSampler(3).sample(flat, Plan(rows))
+            results = TorchSampler(3).draw(flat, Plan(rows)).results()
         found.append([[s.token_id for s in result.samples] for result in results])
-        assert waits.names.count("tolist") == (1 if num_candidates == VOCAB else 4)
+        assert waits.names.count("tolist") == (2 if num_candidates == VOCAB else 5)
     assert found[0] == found[1]
     assert all(len(tokens) == 1 for tokens in found[1])

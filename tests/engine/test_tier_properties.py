@@ -26,6 +26,7 @@ engines = st.fixed_dictionaries(
         "window": st.sampled_from([None, None, None, 5]),
         "max_num_batched_tokens": st.sampled_from([4, 16, 64]),
         "max_num_seqs": st.sampled_from([4, 32]),
+        "async_scheduling": st.booleans(),
         "eviction_policy": st.sampled_from(
             ["lru", "reuse", "gpu=lru,cpu=s3fifo,nvme=tinylfu", "gpu=sieve,cpu=arc,nvme=gdsf"]
         ),
@@ -89,6 +90,7 @@ def random_engine(rng: random.Random) -> dict[str, object]:
         ),
         "time_slice": rng.choice([1, 4]),
         "oversubscribe": rng.random() < 0.5,
+        "async_scheduling": rng.random() < 0.5,
         "mover": {
             "seed": rng.randrange(1000),
             "failures": rng.choice([0.0, 0.0, 0.02, 0.3]),

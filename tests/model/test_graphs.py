@@ -231,7 +231,7 @@ def test_an_engine_generates_the_same_tokens(tmp_path: Path, options: dict[str, 
         )  # fmt: skip
         core = EngineCore.from_config(config)
         if is_captured:
-            core.executor.capture((1, 2, 4, 8), 120, PlainBackend())  # type: ignore[attr-defined]
+            core.steps.executor.capture((1, 2, 4, 8), 120, PlainBackend())  # type: ignore[attr-defined]
         found.append(generated(core, texts))
         core.close()
     assert found[0] == found[1]

@@ -47,19 +47,26 @@ class Run:
 
     def __init__(self, engine: dict[str, object]) -> None:
         self.core, self.ledger, self.clock = ledger_engine(**engine)  # type: ignore[arg-type]
-        self.asked: dict[str, tuple[list[int], int, int]] = {}
+        self.asked: dict[str, tuple[list[int], int, int, set[int]]] = {}
         self.aborted: set[str] = set()
         self.got: dict[tuple[str, int], list[int]] = defaultdict(list)
 
     def add(self, operation: tuple[int, int, list[int], int, int, int]) -> None:
         which, length, suffix, max_tokens, n, priority = operation
         prompt, name = _PREFIXES[which][:length] + suffix, f"r{len(self.asked)}"
-        params = SamplingParams(max_tokens=max_tokens, n=n)
+        stops = self._stops(prompt, max_tokens)
+        params = SamplingParams(max_tokens=max_tokens, n=n, stop_token_ids=sorted(stops))
         try:
             self.core.add_request(EngineRequest(name, prompt, params, priority))
         except CapacityError:
             return
-        self.asked[name] = (prompt, max_tokens, n)
+        self.asked[name] = (prompt, max_tokens, n, stops)
+
+    def _stops(self, prompt: list[int], max_tokens: int) -> set[int]:
+        """For a third of the requests a token that their first sample meets half-way."""
+        if len(self.asked) % 3:
+            return set()
+        return {expected_tokens(prompt, max_tokens)[max_tokens // 2]}
 
     def step(self) -> None:
         self.clock.time += 1.0
@@ -94,9 +101,11 @@ class Run:
             self.step()
         assert not self.core.has_work
         for name in self.asked.keys() - self.aborted:
-            prompt, max_tokens, n = self.asked[name]
+            prompt, max_tokens, n, stops = self.asked[name]
             for index in range(n):
-                assert self.got[name, index] == expected_tokens(prompt, max_tokens, index)
+                expected = expected_tokens(prompt, max_tokens, index)
+                end = next((i for i, t in enumerate(expected, 1) if t in stops), max_tokens)
+                assert self.got[name, index] == expected[:end]
         assert self.core.flush(timeout_s=10.0)
         self.core.check()
         assert self.core.metrics()["gpu_blocks_used"] == 0

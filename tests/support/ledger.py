@@ -12,10 +12,11 @@ from typing import Any
 
 from tierkv.cache.lower_tiers import MoveLimits
 from tierkv.config import EngineConfig
-from tierkv.engine.core import EngineCore, EngineInfo, LowerTierSetup, lower_specs
+from tierkv.engine.core import EngineCore, EngineInfo, LowerTierSetup
 from tierkv.engine.cost import MeasuredCost
 from tierkv.engine.plan import Plan, PlanRow
-from tierkv.types import Logprob, RowResult, SampledToken, TierName
+from tierkv.engine.policy_options import lower_specs
+from tierkv.types import GivenResults, Logprob, RowResult, SampledToken, TierName
 
 VOCAB = 50
 START = 17
@@ -96,8 +97,9 @@ class Ledger:
             return [*tokens, self._last_sample[row.seq.seq_id]]
         return tokens
 
-    def sample(self, logits: list[int], plan: Plan) -> list[RowResult]:
-        return [self._sample_row(s, row) for s, row in zip(logits, plan.rows, strict=True)]
+    def draw(self, logits: list[int], plan: Plan) -> GivenResults:
+        rows = [self._sample_row(s, row) for s, row in zip(logits, plan.rows, strict=True)]
+        return GivenResults(rows, is_known=False)
 
     def _sample_row(self, state: int, row: PlanRow) -> RowResult:
         tokens = [next_token(state, row.seq.index + i) for i in range(row.num_samples)]

@@ -45,7 +45,7 @@ class Copies:
         return batch
 
     def finish(self, batch: CopyBatch) -> None:
-        """The copies were executed (or will never be): their sources may go."""
+        """The copies come before whatever is done from now on: their sources may go."""
         for source in batch.sources:
             self._pool.unpin(source, None)
         batch.sources.clear()

@@ -34,7 +34,7 @@ VLLM = {
     "--additional-config": "there is nothing to configure: leave it out",
     "--allowed-origins,--allowed-methods,--allowed-headers,--allow-credentials": _PROXY,
     "--api-server-count,-asc": "there is one front end: leave it out",
-    "--async-scheduling,--num-scheduler-steps": "leave it out: there is one way to schedule",
+    "--num-scheduler-steps": "leave it out: see --async-scheduling",
     "--calculate-kv-scales": "KV is kept in the model's dtype: leave it out",
     "--code-revision,--tokenizer-revision": "use --revision, which is for all files of the model",
     "--collect-detailed-traces": "use --otlp-traces-endpoint alone",

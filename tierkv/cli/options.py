@@ -133,8 +133,8 @@ def _add_flag(parser: _Group, field: dataclasses.Field[Any], kinds: tuple[type, 
     has_default = shown not in (None, "", []) and not isinstance(shown, bool)
     settings["help"] = f"{text} (default: {shown})" if has_default else text
     if bool in kinds:
-        state = "on" if shown else "off"
-        settings |= {"action": argparse.BooleanOptionalAction, "help": f"{text} (default: {state})"}
+        state = "" if shown is None else f" (default: {'on' if shown else 'off'})"
+        settings |= {"action": argparse.BooleanOptionalAction, "help": text + state}
     elif list in kinds:
         settings |= {"action": "append", "metavar": field.metadata.get("metavar", "TEXT")}
         if field.metadata.get("takes_several"):

@@ -60,7 +60,11 @@ def _assemble(config: EngineConfig, group: TpGroup | None) -> EngineCore:
     layout = loaded.layout(config.block_size)
     whole = _whole_layout(loaded, layout)
     window = layout.common_window
-    config = dataclasses.replace(config, max_num_seqs=min(config.max_num_seqs, num_blocks))
+    is_overlapped = config.async_scheduling
+    if is_overlapped is None:  # on a CPU there is nothing to overlap
+        is_overlapped = loaded.device.type == "cuda" and group is None
+    max_num_seqs = min(config.max_num_seqs, num_blocks)
+    config = dataclasses.replace(config, max_num_seqs=max_num_seqs, async_scheduling=is_overlapped)
     info = EngineInfo(
         model=config.model,
         tokenizer=loaded.tokenizer_path,

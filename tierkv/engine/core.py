@@ -19,16 +19,14 @@ from tierkv.engine.grammar import Grammar, GrammarCompiler
 from tierkv.engine.kv_control import KvControl
 from tierkv.engine.kv_hints import KvHints
 from tierkv.engine.outputs import SequenceOutput
-from tierkv.engine.plan import Plan
-from tierkv.engine.preemption import SchedulingPolicies
+from tierkv.engine.policy_options import make_policy, scheduling_policies
 from tierkv.engine.request import Request, SeqState, Sequence
 from tierkv.engine.sampling_params import SamplingParams
 from tierkv.engine.scheduler import Scheduler
+from tierkv.engine.steps import Steps
 from tierkv.engine.tier_metrics import tier_metrics
-from tierkv.errors import ConfigError, EngineDeadError, RequestError
+from tierkv.errors import EngineDeadError, RequestError
 from tierkv.metrics import Metrics
-from tierkv.policies import registry
-from tierkv.policies.admission import ByteRateLimit
 from tierkv.policies.base import EvictionPolicy
 from tierkv.protocols import BlockPort, Clock, Executor, Mover, Sampler, Workers
 from tierkv.storage.arena import HostArena
@@ -129,7 +127,7 @@ class EngineCore:
         workers: the processes that run the other parts of the model, if it has any.
 
     Attributes:
-        executor: may be wrapped between two steps.
+        steps: runs what the scheduler plans.
 
     Raises:
         ConfigError: a policy that does not exist.
@@ -148,8 +146,8 @@ class EngineCore:
         workers: Workers | None = None,
     ) -> None:
         self.info, self.grammars = info, grammars
-        self.executor, self._sampler, self._clock = executor, sampler, clock
-        self._metrics = Metrics()
+        self._clock = clock
+        self._metrics, self._outbox = Metrics(), list[SequenceOutput]()
         # Also when nobody calls `close`: threads and files would outlive the engine.
         self._close_tiers = weakref.finalize(self, _close, tiers, workers)
         self.workers = workers
@@ -180,9 +178,14 @@ class EngineCore:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
         )
-        self.control = KvControl(self.cache, self.scheduler, info, clock, port, self._eviction_of)
+        is_overlapped = bool(config.async_scheduling)
+        self.steps = Steps(
+            executor, sampler, self.scheduler, clock, self._cost, is_overlapped=is_overlapped
+        )
+        self.control = KvControl(
+            self.cache, self.scheduler, info, clock, port, self._eviction_of, self.settle
+        )
         self.control.set_pin_budget(config.pin_budget)
-        self._outbox: list[SequenceOutput] = []
         self._stepped: dict[int, Sequence] = {}
         self._failure: BaseException | None = None
 
@@ -197,10 +200,13 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._outbox) or (self.control.is_awake and self.scheduler.has_work)
+        is_working = self.steps.is_busy or self.scheduler.has_work
+        return bool(self._outbox) or (self.control.is_awake and is_working)
 
     def step(self) -> list[SequenceOutput]:
         """Plan, run, sample, commit; returns news of every sequence that has any.
+
+        With overlapped steps the news are those of the step before.
 
         Raises:
             EngineDeadError: an earlier step failed half-way, so that what was planned and what was
@@ -208,8 +214,11 @@ class EngineCore:
         """
         if self._failure is not None:
             raise EngineDeadError(f"an earlier step failed: {self._failure!r}")
+        return self._attempt(self._step)
+
+    def _attempt(self, work: Callable[[], list[SequenceOutput]]) -> list[SequenceOutput]:
         try:
-            return self._step()
+            return work()
         except BaseException as error:
             self._failure = error
             raise
@@ -223,8 +232,8 @@ class EngineCore:
         plan = self.scheduler.plan()
         self.cache.begin(plan.moves)
         outputs: list[SequenceOutput] = []
-        if not plan.is_empty:
-            outputs = self._run(plan)
+        if not plan.is_empty or self.steps.is_busy:
+            outputs = self.steps.advance(plan)
         elif self.cache.has_moves and not self._outbox:
             self.cache.wait(_WAIT_S)
         self._forget_finished()
@@ -237,16 +246,11 @@ class EngineCore:
         outputs, self._outbox = self._outbox, []
         return outputs
 
-    def _run(self, plan: Plan) -> list[SequenceOutput]:
-        start = self._clock.now()
-        logits = self.executor.run(plan)
-        results = self._sampler.sample(logits, plan)
-        chunks = [row for row in plan.rows if row.num_tokens > 1]
-        if chunks:
-            end = self._clock.now()
-            self._cost.note_step([(row.start, row.num_tokens) for row in chunks], end - start)
-            self.scheduler.timeline.note_chunks(chunks, start, end)
-        return self.scheduler.commit(plan, results)
+    def settle(self) -> None:
+        """Wait for the step under way, if there is one; its news come with the next step."""
+        if self._failure is None:
+            self._outbox += self._attempt(self.steps.settle)
+            self._forget_finished()
 
     @property
     def has_background_work(self) -> bool:
@@ -263,8 +267,7 @@ class EngineCore:
 
     def _forget_finished(self) -> None:
         for seq in self.scheduler.take_finished():
-            self.executor.forget(seq.seq_id)
-            self._sampler.forget(seq.seq_id)
+            self.steps.forget(seq.seq_id)
             self._stepped.pop(seq.seq_id, None)
             if seq.hints is not None:
                 self.control.ended(seq)
@@ -376,6 +379,7 @@ class EngineCore:
         when a disk did not confirm in time that it has erased what was on it: this process has
         forgotten all, the next one may find some. The log says why; erasing goes on.
         """
+        self.settle()
         if self.scheduler.holders:
             return False
         if self.cache.lower is not None:
@@ -402,6 +406,7 @@ class EngineCore:
         return self._wait_for_moves(timeout_s)
 
     def _wait_for_moves(self, timeout_s: float) -> bool:
+        self.settle()
         end = time.monotonic() + timeout_s
         while self.cache.has_background_work:
             self.work_in_background()
@@ -426,6 +431,7 @@ class EngineCore:
         """End all requests, let what is on its way down arrive, and let the model go."""
         try:
             self.abort(list(self.scheduler.requests))
+            self.settle()
             self._outbox.clear()
             is_sound = self.workers is None or self.workers.is_alive
             if self._failure is None and self._close_tiers.alive and is_sound:
@@ -445,50 +451,3 @@ def _close(tiers: LowerTierSetup | None, workers: Workers | None) -> None:
     finally:
         if workers is not None:
             workers.close()
-
-
-def scheduling_policies(config: EngineConfig, cost: MeasuredCost) -> SchedulingPolicies:
-    """What the options say about preempting, loading and prefetching."""
-    prefetch = config.prefetch_policy
-    return SchedulingPolicies(
-        victim=make_policy("victim", "preemption_victim", config.preemption_victim),
-        mode=make_policy("preemption", "preemption_mode", config.preemption_mode),
-        load=make_policy("load", "load_policy", config.load_policy),
-        cost=cost,
-        prefetch_depth=0 if prefetch == "none" else 16,
-        prefetches_swapped=prefetch == "lookahead",
-        time_slice=config.time_slice if config.oversubscribe else None,
-    )
-
-
-def lower_specs(config: EngineConfig, capacities: dict[TierName, int]) -> list[TierSpec]:
-    """The lower tiers, hot to cold, with the policies that the options name.
-
-    Args:
-        config: the options.
-        capacities: slots of each tier.
-    """
-    eviction, admission = per_tier("eviction_policy", config), per_tier("admission_policy", config)
-    rate = config.nvme_write_rate
-    return [
-        TierSpec(
-            name,
-            capacity,
-            make_policy("eviction", "eviction_policy", eviction[name]),
-            make_policy("admission", "admission_policy", admission[name]),
-            ByteRateLimit(int(rate), int(rate)) if rate and name is TierName.NVME else None,
-        )
-        for name, capacity in capacities.items()
-    ]
-
-
-def make_policy(kind: str, option: str, spec: str) -> Any:
-    """A policy by name.
-
-    Raises:
-        ConfigError: naming `option`.
-    """
-    try:
-        return registry.create(kind, spec)
-    except ValueError as error:
-        raise ConfigError(option, spec, str(error)) from None

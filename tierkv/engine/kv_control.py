@@ -39,6 +39,7 @@ class KvControl:
         cache, scheduler, info, clock: of the engine.
         port: the bytes of blocks; without it nothing can be exported, imported or put to sleep.
         make_eviction: one more policy of a tier's kind.
+        settle: waits for the step under way.
 
     Attributes:
         sessions: whose blocks are which.
@@ -57,6 +58,7 @@ class KvControl:
         clock: Clock,
         port: BlockPort | None,
         make_eviction: MakePolicy,
+        settle: Callable[[], None],
     ) -> None:
         self.sessions = Sessions()
         self.sleeper = Sleeper(cache, scheduler, port.give_back if port is not None else _nothing)
@@ -64,7 +66,7 @@ class KvControl:
         self._cache, self._scheduler = cache, scheduler
         self._block_bytes, self._vocab_size = info.block_bytes, info.vocab_size
         self._clock = clock
-        self._port, self._make_eviction = port, make_eviction
+        self._port, self._make_eviction, self._settle = port, make_eviction, settle
         self._reads: dict[BlockKey, Future[bytes | None]] = {}
 
     @property
@@ -351,6 +353,7 @@ class KvControl:
 
     def sleep(self) -> dict[str, Any]:
         """Begin to fall asleep."""
+        self._settle()
         self.sleeper.begin()
         return self.sleep_state()
 

@@ -9,6 +9,7 @@ from tierkv.types import BlockCopy, Move
 
 if TYPE_CHECKING:
     from tierkv.engine.request import Sequence
+    from tierkv.protocols import Drawn
 
 
 class PlanRow:
@@ -46,13 +47,15 @@ class Plan:
     in order into one batch.
 
     `num_tokens` is the sum over rows. Logits come back as one `[sum(num_logit_rows), vocab]`
-    tensor in row order.
+    tensor in row order. `unread` is what the step before drew, if the host has not read it yet: a
+    row whose token is not in `seq.token_ids` takes it from there.
     """
 
     rows: list[PlanRow] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
     moves: list[Move] = field(default_factory=list)
     num_tokens: int = 0
+    unread: Drawn | None = None
 
     @property
     def is_empty(self) -> bool:

@@ -12,8 +12,9 @@ a sample depends neither on its batch nor on preemption.
 Filters are thresholds on the logit: a token tied with the last one kept is kept too, so the
 result does not depend on the order in which a sort leaves ties.
 
-The device is waited for once, for the tokens; log-probabilities, where a request wants them, are
-read afterwards.
+Nothing is read from the device before the results are asked for; until then the next step may take
+its tokens from there, and the logits may be overwritten. On a CPU, where nobody waits, a nucleus
+that is wider than the candidates is looked for again.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from torch import Tensor
 
 from tierkv.engine import sampler_filters as filters
 from tierkv.engine.grammar_masks import GrammarMasks
+from tierkv.engine.request import SeqState
 from tierkv.engine.sampler_filters import NEVER as _NEVER
 from tierkv.engine.sampler_filters import column as _column
 from tierkv.engine.sampler_filters import ids as _ids
+from tierkv.engine.sampler_logprobs import UnreadLogprobs, UnreadPromptLogprobs
+from tierkv.engine.sampler_unread import HostCopy, UnreadTokens
 from tierkv.model.inputs import to_device
-from tierkv.types import Logprob, PositionLogprobs, RowResult, SampledToken
+from tierkv.types import RowResult, SampledToken
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as Seq
@@ -43,7 +47,6 @@ if TYPE_CHECKING:
     from tierkv.engine.request import Request, Sequence
 
 _NUCLEUS_CANDIDATES = 256  # a nucleus is nearly always smaller; the rest pays for a full sort
-_PROMPT_ROWS_AT_ONCE = 128  # bounds the scratch memory of prompt logprobs
 _MIN_TEMPERATURE = 1e-5
 _NO_NUMBERS = torch.empty(0, 0, dtype=torch.float64)
 _LARGEST_BIAS = 1e30  # instead of +inf, which has no softmax
@@ -62,9 +65,9 @@ class _Traits:
         "allowed",
         "bias",
         "has_edits",
-        "has_filter",
         "has_grammar",
         "is_greedy",
+        "is_flat",
         "params",
         "wants_prompt",
     )
@@ -80,7 +83,8 @@ class _Traits:
             bool(self.bias or self.allowed) or params.min_tokens > 0 or params.has_penalties
         )
         self.wants_prompt = params.prompt_logprobs is not None
-        self.has_filter = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+        # The nucleus may be wider than the candidates.
+        self.is_flat = params.top_p < 1.0 and not 0 < params.top_k <= _NUCLEUS_CANDIDATES
 
 
 @dataclass(slots=True)
@@ -111,26 +115,35 @@ class TorchSampler:
         self._seen: dict[int, _Seen] = {}
         self._grammars = GrammarMasks()
 
-    def sample(self, logits: Tensor, plan: Plan) -> list[RowResult]:
-        """One result per row of `plan.rows`, in order.
+    def draw(self, logits: Tensor, plan: Plan) -> UnreadTokens:
+        """See `tierkv.protocols.Sampler`.
 
         Args:
-            logits: fp32 `[sum(row.num_logit_rows), vocab]`, rows in plan order; not modified.
+            logits: fp32 `[sum(row.num_logit_rows), vocab]`, rows in plan order; neither modified
+                nor wanted later.
         """
         results = [RowResult() for _ in plan.rows]
-        draws, picked = self._collect(logits, plan.rows, results)
-        if not draws:
-            return results
+        draws, prompts, picked = self._collect(logits, plan.rows, results)
         is_all = len(picked) == logits.shape[0]
         raw = logits if is_all else logits.index_select(0, _ids(picked, logits))
         if not self._grammars.is_empty:
             raw = self._constrain(raw, draws)
         edited = self._edit(raw, [d for d in draws if d.traits.has_edits])
-        self._choose(edited, draws)
-        if not self._grammars.is_empty:
+        choice = self._prepare(draws)
+        tokens = choice.choose(edited)
+        wanted = [d for d in draws if d.traits.params.logprobs is not None]
+        logprobs = _find_logprobs(raw, wanted, tokens, choice) if wanted else None
+
+        def fill(found: list[int]) -> list[RowResult]:
+            choice.share_out(found)
             self._end_complete(draws)
-        self._add_logprobs(raw, [d for d in draws if d.traits.params.logprobs is not None])
-        return results
+            if logprobs is not None:
+                _share_logprobs(logprobs, wanted)
+            for result, unread in prompts:
+                result.prompt_logprobs = unread.read()
+            return results
+
+        return UnreadTokens(tokens, choice.places, fill)
 
     def forget(self, seq_id: int) -> None:
         """Drop the state of a finished sequence; unknown ids are ignored."""
@@ -140,26 +153,27 @@ class TorchSampler:
 
     def _collect(
         self, logits: Tensor, rows: Seq[PlanRow], results: list[RowResult]
-    ) -> tuple[list[_Draw], list[int]]:
-        """The rows that sample and the logits row of each; fills in prompt logprobs."""
+    ) -> tuple[list[_Draw], list[tuple[RowResult, UnreadPromptLogprobs]], list[int]]:
+        """The rows that sample, those whose prompt is wanted, and the logits row of each draw."""
         draws: list[_Draw] = []
+        prompts: list[tuple[RowResult, UnreadPromptLogprobs]] = []
         picked: list[int] = []
         known, offset = self._traits, 0
         for row, result in zip(rows, results, strict=True):
-            num = row.num_logit_rows
-            if num == 0:
+            num, seq = row.num_logit_rows, row.seq
+            offset += num
+            if num == 0 or seq.state is SeqState.FINISHED:  # since it was planned
                 continue
-            seq = row.seq
             traits = known.get(seq.seq_id)
             if traits is None:
                 traits = self._learn(seq)
             if traits.wants_prompt and num == row.num_tokens:
-                result.prompt_logprobs = _prompt_logprobs(logits[offset : offset + num], row)
-            offset += num
+                found = UnreadPromptLogprobs(logits[offset - num : offset], row)
+                prompts.append((result, found))
             if row.num_samples:
                 draws.append(_Draw(len(draws), seq, traits, row.num_samples, result))
                 picked.append(offset - 1)
-        return draws, picked
+        return draws, prompts, picked
 
     def _learn(self, seq: Sequence) -> _Traits:
         traits = self._traits[seq.seq_id] = _Traits(seq.request)
@@ -178,32 +192,17 @@ class TorchSampler:
 
     def _end_complete(self, draws: list[_Draw]) -> None:
         for draw in draws:
-            if draw.traits.has_grammar:
+            # One that was aborted while its tokens were under way has no state any more.
+            if draw.traits.has_grammar and draw.seq.state is not SeqState.FINISHED:
                 for drawn in draw.result.samples:
                     drawn.ending = self._grammars.ending(draw.seq, drawn.token_id)
 
     # -- choosing ------------------------------------------------------------------------------
 
-    def _choose(self, edited: Tensor, draws: list[_Draw]) -> None:
-        """Append the sampled tokens of every draw to its result. They come in one transfer, unless
-        a nucleus is wider than the candidates: its rows are drawn again, from the same numbers."""
+    def _prepare(self, draws: list[_Draw]) -> _Choice:
         greedy = [d for d in draws if d.traits.is_greedy]
         drawn = [d for d in draws if not d.traits.is_greedy]
-        numbers = self._uniforms(drawn) if drawn else _NO_NUMBERS
-        num_candidates = _NUCLEUS_CANDIDATES
-        while True:
-            best, chosen, is_open = _chosen(edited, greedy, drawn, numbers, num_candidates)
-            for draw, token in zip(greedy, best, strict=True):
-                draw.result.samples.extend(SampledToken(token) for _ in range(draw.num_samples))
-            for draw, row, again in zip(drawn, chosen, is_open, strict=True):
-                if not again:
-                    draw.result.samples.extend(map(SampledToken, row[: draw.num_samples]))
-            rest = [i for i, again in enumerate(is_open) if again]
-            if not rest:
-                return
-            greedy, drawn = [], [drawn[i] for i in rest]
-            numbers = numbers.index_select(0, torch.tensor(rest))
-            num_candidates *= 16
+        return _Choice(greedy, drawn, self._uniforms(drawn) if drawn else _NO_NUMBERS)
 
     def _uniforms(self, draws: list[_Draw]) -> Tensor:
         """fp64 `[num_draws, max(num_samples)]`: hashed where seeded, else from the generator."""
@@ -249,39 +248,88 @@ class TorchSampler:
             bias = _column([min(v, _LARGEST_BIAS) for v in values], edited).squeeze(1)
             edited.index_put_((_ids(rows, edited), _ids(tokens, edited)), bias, accumulate=True)
 
-    # -- log-probabilities ---------------------------------------------------------------------
 
-    def _add_logprobs(self, raw: Tensor, draws: list[_Draw]) -> None:
-        if not draws:
-            return
-        counts = [d.traits.params.logprobs or 0 for d in draws]
-        chosen = [[s.token_id for s in d.result.samples] for d in draws]
-        found = _position_logprobs(_rows(raw, draws), counts, chosen)
-        for draw, per_sample in zip(draws, found, strict=True):
-            for sample, logprobs in zip(draw.result.samples, per_sample, strict=True):
-                sample.logprobs = logprobs
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """The draws of a step in the order of their tokens on the device: one for each greedy row,
+    then `width` for each drawn row.
+
+    Attributes:
+        greedy, drawn: the draws.
+        uniforms: fp64 `[len(drawn), width]`, what they are drawn with.
+    """
+
+    greedy: list[_Draw]
+    drawn: list[_Draw]
+    uniforms: Tensor
+
+    def choose(self, logits: Tensor) -> Tensor:
+        """The tokens, int64 `[n]` on the device.
+
+        Args:
+            logits: `[draws, vocab]`.
+        """
+        found = [logits.new_empty(0, dtype=torch.int64)]
+        if self.greedy:
+            found.append(_rows(logits, self.greedy).argmax(-1))
+        if self.drawn:
+            found.append(self._draw(_rows(logits, self.drawn)).flatten())
+        return torch.cat(found) if len(found) > 2 else found[-1]
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        """Tokens `[len(drawn), width]`. Where a nucleus is wider than the candidates, its rows are
+        drawn again among more of them, with the same uniform numbers."""
+        params, num_candidates = [d.traits.params for d in self.drawn], _NUCLEUS_CANDIDATES
+        tokens, is_open = filters.draw(logits, params, self.uniforms, num_candidates)
+        if not any(d.traits.is_flat for d in self.drawn):
+            return tokens
+        rows = list(range(len(params)))
+        while rows := [i for i, again in zip(rows, HostCopy(is_open).read(), strict=True) if again]:
+            num_candidates *= 16
+            at, uniforms = _ids(rows, logits), self.uniforms.index_select(0, torch.tensor(rows))
+            again, is_open = filters.draw(
+                logits.index_select(0, at), [params[i] for i in rows], uniforms, num_candidates
+            )
+            tokens.index_copy_(0, at, again)
+        return tokens
+
+    def places(self) -> dict[int, int]:
+        """Where the first token of each sequence is."""
+        width, split = self.uniforms.shape[1], len(self.greedy)
+        places = {draw.seq.seq_id: at for at, draw in enumerate(self.greedy)}
+        return places | {d.seq.seq_id: split + at * width for at, d in enumerate(self.drawn)}
+
+    def share_out(self, tokens: list[int]) -> None:
+        """Append the tokens to the draws' results."""
+        for draw, token in zip(self.greedy, tokens, strict=False):
+            draw.result.samples.extend(SampledToken(token) for _ in range(draw.num_samples))
+        width, first = self.uniforms.shape[1], len(self.greedy)
+        for draw in self.drawn:
+            draw.result.samples.extend(map(SampledToken, tokens[first : first + draw.num_samples]))
+            first += width
 
 
-def _chosen(
-    logits: Tensor,
-    greedy: list[_Draw],
-    drawn: list[_Draw],
-    numbers: Tensor,
-    num_candidates: int,
-) -> tuple[list[int], list[list[int]], list[int]]:
-    """Tokens of the greedy rows, those of the drawn rows, and 1 for each drawn row that is open;
-    what the device found is read here, at once."""
-    found = [_rows(logits, greedy).argmax(-1)] if greedy else []
-    if drawn:
-        params = [d.traits.params for d in drawn]
-        found += map(
-            torch.flatten, filters.draw(_rows(logits, drawn), params, numbers, num_candidates)
-        )
-    flat: list[int] = torch.cat(found).tolist()
-    split, width = len(greedy), numbers.shape[1]
-    end = split + len(drawn) * width
-    rows = [flat[i : i + width] for i in range(split, end, width)] if drawn else []
-    return flat[:split], rows, flat[end:]
+def _find_logprobs(
+    raw: Tensor, draws: list[_Draw], tokens: Tensor, choice: _Choice
+) -> UnreadLogprobs:
+    """Of the tokens of some draws, each as often as it has samples."""
+    places, width = choice.places(), max(d.num_samples for d in draws)
+    last = [0 if d.traits.is_greedy else d.num_samples - 1 for d in draws]
+    at = [
+        places[d.seq.seq_id] + min(i, most)
+        for d, most in zip(draws, last, strict=True)
+        for i in range(width)
+    ]
+    chosen = tokens.index_select(0, _ids(at, tokens)).view(len(draws), width)
+    return UnreadLogprobs(_rows(raw, draws), [d.traits.params.logprobs or 0 for d in draws], chosen)
+
+
+def _share_logprobs(logprobs: UnreadLogprobs, draws: list[_Draw]) -> None:
+    """Add what was found to the draws' results."""
+    found = logprobs.read([[s.token_id for s in d.result.samples] for d in draws])
+    for draw, per_sample in zip(draws, found, strict=True):
+        for sample, entry in zip(draw.result.samples, per_sample, strict=True):
+            sample.logprobs = entry
 
 
 def _rows(logits: Tensor, draws: list[_Draw]) -> Tensor:
@@ -369,68 +417,3 @@ def _penalise(logits: Tensor, draws: list[_Draw], seen: list[_Seen]) -> None:
     values = logits[rows, ids]
     values = torch.where(values > 0, values / repetition, values * repetition)
     logits[rows, ids] = values - frequency * counts - presence * (counts > 0)
-
-
-# -- log-probabilities -------------------------------------------------------------------------
-
-
-def _prompt_logprobs(logits: Tensor, row: PlanRow) -> list[PositionLogprobs]:
-    """One entry per position of the row whose successor is a prompt token.
-
-    Args:
-        logits: `[row.num_tokens, vocab]`; row j predicts position `row.start + j + 1`.
-    """
-    seq = row.seq
-    end = min(row.start + 1 + row.num_tokens, seq.num_prompt_tokens)
-    targets = seq.token_ids[row.start + 1 : end]
-    count = seq.request.params.prompt_logprobs or 0
-    found: list[PositionLogprobs] = []
-    for start in range(0, len(targets), _PROMPT_ROWS_AT_ONCE):
-        part = targets[start : start + _PROMPT_ROWS_AT_ONCE]
-        raw = logits[start : start + len(part)]
-        for (entry,) in _position_logprobs(raw, [count] * len(part), [[t] for t in part]):
-            found.append(entry)
-    return found
-
-
-def _position_logprobs(
-    raw: Tensor, counts: list[int], chosen: list[list[int]]
-) -> list[list[PositionLogprobs]]:
-    """For each row and each token chosen from it: the best candidates, then the chosen token.
-
-    Args:
-        raw: `[rows, vocab]`.
-        counts: candidates per row.
-        chosen: token ids per row.
-    """
-    norm = raw.logsumexp(-1, keepdim=True)
-    values, ids = raw.topk(min(max(counts), raw.shape[-1]))
-    best = [
-        {
-            t: Logprob(v, rank)
-            for rank, (t, v) in enumerate(zip(row_ids[:k], row, strict=False), 1)
-            if v > _NEVER  # a grammar forbids the others
-        }
-        for row_ids, row, k in zip(ids.tolist(), (values - norm).tolist(), counts, strict=True)
-    ]
-    outside = [
-        (at, token) for at, row in enumerate(chosen) for token in row if token not in best[at]
-    ]
-    extra = _ranked(raw, norm, sorted(set(outside)))
-    return [
-        [best[at] if token in best[at] else {**best[at], token: extra[at, token]} for token in row]
-        for at, row in enumerate(chosen)
-    ]
-
-
-def _ranked(
-    raw: Tensor, norm: Tensor, pairs: list[tuple[int, int]]
-) -> dict[tuple[int, int], Logprob]:
-    """Logprob and rank of single (row, token) pairs; tied tokens share the best rank."""
-    if not pairs:
-        return {}
-    at, tokens = (_ids(column, raw) for column in zip(*pairs, strict=True))
-    value = raw[at, tokens].unsqueeze(1)
-    ranks = (raw[at] > value).sum(-1).add_(1).tolist()
-    logprobs = (value - norm[at]).squeeze(1).tolist()
-    return {pair: Logprob(lp, rank) for pair, lp, rank in zip(pairs, logprobs, ranks, strict=True)}

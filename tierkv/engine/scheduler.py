@@ -71,7 +71,7 @@ class Scheduler:
         self._seq_ids = itertools.count()
         self._admissions = itertools.count(1)
         self._finished: list[Sequence] = []
-        self._copies: dict[int, CopyBatch] = {}
+        self._copies = CopyBatch()  # of the last plan
         self._num_in_flight = 0
         self._reserve = int(cache.num_blocks * _WATERMARK)
         self._refused: tuple[Sequence, int] | None = None  # since the last admission; its need
@@ -164,12 +164,10 @@ class Scheduler:
         if plan.is_empty and not self._num_in_flight and self._is_stuck():
             raise InvariantError("sequences are runnable but none can be planned")
         self._num_in_flight += 0 if plan.is_empty else 1
-        batch = self.cache.copies.take()
-        if batch.copies:
-            if plan.is_empty:
-                raise InvariantError("blocks are to be copied by a step that will not run")
-            plan.copies = batch.copies
-            self._copies[id(plan)] = batch
+        self._copies = self.cache.copies.take()
+        plan.copies = self._copies.copies
+        if plan.copies and plan.is_empty:
+            raise InvariantError("blocks are to be copied by a step that will not run")
         plan.moves = self.cache.take_moves()
         return plan
 
@@ -383,12 +381,13 @@ class Scheduler:
 
     # ------------------------------------------------------------------ commit
 
+    def note_launched(self) -> None:
+        """The executor has the last plan: whatever comes now comes after its copies."""
+        self.cache.copies.finish(self._copies)
+
     def commit(self, plan: Plan, rows: Iterable[RowResult]) -> list[SequenceOutput]:
         """Take the step's tokens; returns news for every sequence that has any."""
         self._num_in_flight -= 1
-        copies = self._copies.pop(id(plan), None)
-        if copies is not None:
-            self.cache.copies.finish(copies)
         outputs: list[SequenceOutput] = []
         block_size, window = self.cache.block_size, self.cache.window
         for row, result in zip(plan.rows, rows, strict=True):

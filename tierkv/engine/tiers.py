@@ -18,8 +18,9 @@ from tierkv.cache.lower_tiers import MoveLimits
 from tierkv.cache.mover import ThreadMover
 from tierkv.cache.pools import GpuPool, available_memory
 from tierkv.config import EngineConfig, parse_bytes
-from tierkv.engine.core import LowerTierSetup, lower_specs
+from tierkv.engine.core import LowerTierSetup
 from tierkv.engine.cost import MeasuredCost
+from tierkv.engine.policy_options import lower_specs
 from tierkv.errors import ConfigError
 from tierkv.storage.arena import HostArena
 from tierkv.storage.base import BlockStore

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from tierkv.kernels.metadata import AttentionMetadata
-from tierkv.model.inputs import StepInputs, to_device
+from tierkv.model.inputs import LateTokens, StepInputs, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +160,14 @@ class DecodeBuffers:
         """Make all of the first `size` rows padding."""
         self._columns_of(size).copy_(to_device(_padding(size), self.device), non_blocking=True)
 
-    def fill(self, step: StepInputs, size: int) -> None:
-        """Write a step, whose tensors are in CPU memory, and padding up to `size` rows."""
+    def fill(self, step: StepInputs, size: int, late: LateTokens | None = None) -> None:
+        """Write a step, whose tensors are in CPU memory, and padding up to `size` rows.
+
+        Args:
+            step: the step.
+            size: rows.
+            late: those of its tokens that are on the device.
+        """
         meta, columns = step.meta, _padding(size)
         num_rows, num_blocks = meta.block_tables.shape
         columns[0, :num_rows] = step.input_ids[0]
@@ -169,6 +175,8 @@ class DecodeBuffers:
         columns[2, :num_rows] = meta.context_lens
         columns[3, :num_rows] = meta.slot_mapping
         self._columns_of(size).copy_(to_device(columns, self.device), non_blocking=True)
+        if late is not None:
+            late.put(self._columns_of(size)[0])
         table = to_device(meta.block_tables, self.device)
         self.tables[:num_rows, :num_blocks].copy_(table, non_blocking=True)
 
@@ -230,15 +238,16 @@ class DecodeGraphs:
         fits = bool(self.sizes) and num_rows <= self.sizes[-1]
         return is_decode and fits and num_blocks <= self._buffers.tables.shape[1]
 
-    def run(self, step: StepInputs) -> Tensor:
+    def run(self, step: StepInputs, late: LateTokens | None = None) -> Tensor:
         """Logits `[num_rows, vocab_size]` of a step that can be run, until the next one.
 
         Args:
             step: its tensors in CPU memory.
+            late: those of its tokens that are on the device.
         """
         num_rows = step.meta.num_seqs
         size = next(size for size in self.sizes if size >= num_rows)
-        self._buffers.fill(step, size)
+        self._buffers.fill(step, size, late)
         self._lens[size][:] = step.meta.context_len_list + [0] * (size - num_rows)
         self._replays[size]()
         return self._buffers.logits[:num_rows]

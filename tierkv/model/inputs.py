@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,49 @@ class StepInputs:
             meta=_move(self.meta, device),
             logit_rows=to_device(self.logit_rows, device),
         )
+
+
+class TokenSource(Protocol):
+    """A step's tokens that only the device has."""
+
+    def tokens_of(self, seq_ids: list[int]) -> Tensor:
+        """The last token of each sequence, int64 `[len(seq_ids)]` on the device."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LateTokens:
+    """Input tokens whose values only the device has.
+
+    Attributes:
+        where: their places in the packed batch, ascending.
+        values: int64 `[len(where)]` on the device.
+    """
+
+    where: list[int]
+    values: Tensor
+
+    def put(self, input_ids: Tensor) -> None:
+        """Write them where they belong in int64 `[num_tokens]` on the device."""
+        if self.where[-1] == len(self.where) - 1:
+            input_ids[: len(self.where)].copy_(self.values)
+        else:
+            where = to_device(torch.tensor(self.where), input_ids.device)
+            input_ids.index_copy_(0, where, self.values)
+
+
+def late_tokens(rows: Iterable[PlanRow], source: TokenSource) -> LateTokens | None:
+    """The input tokens that the host does not know, if there are any: one of a row at most, the
+    last token of its sequence."""
+    where: list[int] = []
+    seq_ids: list[int] = []
+    end = 0
+    for row in rows:
+        end += row.num_tokens
+        if row.start + row.num_tokens > len(row.seq.token_ids):
+            where.append(end - 1)
+            seq_ids.append(row.seq.seq_id)
+    return LateTokens(where, source.tokens_of(seq_ids)) if where else None
 
 
 class BlockTables:
@@ -102,7 +145,10 @@ class BlockTables:
 
 
 def pack_rows(rows: Sequence[PlanRow], tables: BlockTables, block_size: int) -> StepInputs:
-    """Pack a plan's rows in order, in CPU memory; `tables` is brought up to date on the way."""
+    """Pack a plan's rows in order, in CPU memory; `tables` is brought up to date on the way.
+
+    A token that the host does not know is 0; see `late_tokens`.
+    """
     query_lens = [row.num_tokens for row in rows]
     starts = [row.start for row in rows]
     context_lens = [row.start + row.num_tokens for row in rows]
@@ -122,7 +168,7 @@ def _token_ids(rows: Iterable[PlanRow]) -> list[int]:
     for row in rows:
         ids = row.seq.token_ids
         if row.num_tokens == 1:
-            tokens.append(ids[row.start])
+            tokens.append(ids[row.start] if row.start < len(ids) else 0)
         else:
             tokens.extend(ids[row.start : row.start + row.num_tokens])
     return tokens

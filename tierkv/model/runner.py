@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,14 @@ from tierkv.kernels.metadata import warm_up_steps
 from tierkv.kernels.ops import copy_blocks
 from tierkv.model.attention import StepContext, current_step
 from tierkv.model.graphs import DecodeBuffers, DecodeGraphs, GraphBackend
-from tierkv.model.inputs import BlockTables, StepInputs, pack_rows, to_device
+from tierkv.model.inputs import (
+    BlockTables,
+    StepInputs,
+    TokenSource,
+    late_tokens,
+    pack_rows,
+    to_device,
+)
 from tierkv.model.loaded import LoadedModel
 
 if TYPE_CHECKING:
@@ -57,13 +64,14 @@ class ModelRunner:
         with torch.inference_mode():
             self._copy(plan.copies)
             inputs = pack_rows(plan.rows, self.tables, self.pool.layout.block_size)
+            source = cast("TokenSource | None", plan.unread)
+            late = late_tokens(plan.rows, source) if source is not None else None
             if self.graphs is not None and self.graphs.can_run(inputs):
-                return self.graphs.run(inputs)
-            logits = self.forward(inputs.to(self.loaded.device))
-            if not logits.shape[0] and logits.is_cuda:
-                # Nobody will read a result of this step, so what it takes ends here.
-                torch.cuda.current_stream(logits.device).synchronize()
-            return logits
+                return self.graphs.run(inputs, late)
+            inputs = inputs.to(self.loaded.device)
+            if late is not None:
+                late.put(inputs.input_ids[0])
+            return self.forward(inputs)
 
     def warm_up(self) -> None:
         """Have every kernel compiled that a step can ask for; reads block 0 and writes none."""

@@ -10,7 +10,7 @@ from tierkv.sim.arrivals import Arrival, BlockNames, key_of
 from tierkv.sim.clock import VirtualClock
 from tierkv.sim.quantiles import Quantiles
 from tierkv.sim.steps import StepCost
-from tierkv.types import RowResult, SampledToken
+from tierkv.types import GivenResults, RowResult, SampledToken
 
 _NOTHING = RowResult()
 _ZERO = RowResult([SampledToken(0)])  # most tokens: nobody changes a result
@@ -71,9 +71,10 @@ class SimSampler:
         self._names = names
         self._gaps = gaps
 
-    def sample(self, logits: object, plan: Plan) -> list[RowResult]:
+    def draw(self, logits: object, plan: Plan) -> GivenResults:
         now = self._clock.now()
-        return [self._sample(row, now) if row.num_samples else _NOTHING for row in plan.rows]
+        rows = plan.rows
+        return GivenResults([self._sample(r, now) if r.num_samples else _NOTHING for r in rows])
 
     def _sample(self, row: PlanRow, now: float) -> RowResult:
         seq = row.seq

@@ -8,8 +8,9 @@ from typing import Any
 
 from tierkv.cache.lower_tiers import MoveLimits
 from tierkv.config import EngineConfig
-from tierkv.engine.core import EngineCore, EngineInfo, LowerTierSetup, lower_specs
+from tierkv.engine.core import EngineCore, EngineInfo, LowerTierSetup
 from tierkv.engine.cost import MeasuredCost
+from tierkv.engine.policy_options import lower_specs
 from tierkv.sim.arrivals import BlockNames
 from tierkv.sim.clock import VirtualClock
 from tierkv.sim.executor import SimExecutor, SimSampler

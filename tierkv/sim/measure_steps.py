@@ -53,8 +53,8 @@ def measure_steps(
     Returns:
         The steps of all rounds but the first.
     """
-    inner, recorder = core.executor, _Recorder(core.executor)
-    core.executor = recorder
+    inner, recorder = core.steps.executor, _Recorder(core.steps.executor)
+    core.steps.executor = recorder
     samples: list[StepSample] = []
     random_ids = random.Random(0)
     try:
@@ -65,7 +65,7 @@ def measure_steps(
                 if progress is not None:
                     progress(1)
     finally:
-        core.executor = inner
+        core.steps.executor = inner
     return samples
 
 

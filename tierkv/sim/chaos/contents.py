@@ -23,7 +23,16 @@ from tierkv.errors import InvariantError
 from tierkv.sim.clock import VirtualClock
 from tierkv.sim.mover import GPU, NVME
 from tierkv.storage.base import StoredBlock
-from tierkv.types import BlockKey, Logprob, Move, MoveFailure, RowResult, SampledToken, TierName
+from tierkv.types import (
+    BlockKey,
+    GivenResults,
+    Logprob,
+    Move,
+    MoveFailure,
+    RowResult,
+    SampledToken,
+    TierName,
+)
 
 VOCAB = 50
 STATE_BYTES = 8
@@ -150,7 +159,8 @@ class Contents:
 
     def _compute(self, row: PlanRow) -> int:
         seq, size, pool = row.seq, self._block_size, self._rows[GPU]
-        states, end = self._states_of(seq), row.start + row.num_tokens
+        end = row.start + row.num_tokens
+        states = self._states_of(seq, end)
         for position in range(row.start, end):
             pool[seq.block_table[position // size]][position % size] = states[position]
         first = 0 if self._window is None else max(0, row.start - self._window + 1)
@@ -164,18 +174,23 @@ class Contents:
                 )
         return states[end - 1]
 
-    def _states_of(self, seq: Sequence) -> list[int]:
+    def _states_of(self, seq: Sequence, end: int) -> list[int]:
+        """After each of the first `end` tokens, at least."""
         states = self._states.setdefault(seq.seq_id, [])
         state = states[-1] if states else start_state(seq.cache_salt)
         for token in seq.token_ids[len(states) :]:
             state = next_state(state, token)
             states.append(state)
+        if len(states) < end:  # the last step's token, which the engine has not read
+            states.append(next_state(state, next_token(state, seq.index)))
         return states
 
-    def sample(self, logits: list[int], plan: Plan) -> list[RowResult]:
-        return [self._sample(state, row) for state, row in zip(logits, plan.rows, strict=True)]
+    def draw(self, logits: list[int], plan: Plan) -> GivenResults:
+        """One result per row; an overlapped engine reads them a step later."""
+        rows = [self._draw(state, row) for state, row in zip(logits, plan.rows, strict=True)]
+        return GivenResults(rows, is_known=False)
 
-    def _sample(self, state: int, row: PlanRow) -> RowResult:
+    def _draw(self, state: int, row: PlanRow) -> RowResult:
         best = None
         if row.seq.request.is_stepped:
             best = {next_token(state, i): Logprob(-float(i), i + 1) for i in range(NUM_CANDIDATES)}

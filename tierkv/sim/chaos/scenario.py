@@ -59,9 +59,10 @@ def draw(seed: int, num_ops: int = 40) -> Scenario:
     block_size = rng.choice([2, 4, 4, 8])
     blocks = {GPU: rng.choice([80, 88, 104, 160]) // block_size}
     blocks |= {tier: count for tier, count in ((CPU, cpu), (NVME, nvme)) if count}
-    return Scenario(
+    options = _options(rng, block_size, blocks)
+    scenario = Scenario(
         blocks=blocks,
-        options=_options(rng, block_size, blocks),
+        options=options,
         limits={
             "load_timeout_s": rng.choice([0.02, 0.2, 1.0, 1.0]),
             "step_bytes": rng.choice([4, 1000]) * SLOT_BYTES,
@@ -76,6 +77,8 @@ def draw(seed: int, num_ops: int = 40) -> Scenario:
         weather=rng.choice([CALM, CALM, *WEATHERS]),
         ops=Author(rng).history(num_ops),
     )
+    options["async_scheduling"] = rng.random() < 0.5  # last: other draws stay what they were
+    return scenario
 
 
 def _options(rng: Random, block_size: int, blocks: dict[TierName, int]) -> dict[str, Any]:

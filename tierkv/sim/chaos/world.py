@@ -6,8 +6,9 @@ from itertools import permutations
 
 from tierkv.cache.lower_tiers import MoveLimits
 from tierkv.config import EngineConfig
-from tierkv.engine.core import EngineCore, EngineInfo, LowerTierSetup, lower_specs
+from tierkv.engine.core import EngineCore, EngineInfo, LowerTierSetup
 from tierkv.engine.cost import MeasuredCost
+from tierkv.engine.policy_options import lower_specs
 from tierkv.sim.chaos.contents import STATE_BYTES, VOCAB, Contents
 from tierkv.sim.chaos.faults import ChaosMover, Faults
 from tierkv.sim.chaos.log import Log
