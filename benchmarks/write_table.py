@@ -88,6 +88,13 @@ def scheduler_overhead(result: dict[str, Any]) -> Iterator[Row]:
     yield name, *at_most(result["match_ms"], 40.0, "ms")
 
 
+def overlap(result: dict[str, Any]) -> Iterator[Row]:
+    for name, found in result["idle_ms"].items():
+        what = f"a device that needs {name} ms a step of {result['sequences']} stands idle"
+        figure = f"{found['overlapped']:.2f} ms ({found['in turn']:.2f} ms in turn)"
+        yield what, figure, *NO_TARGET
+
+
 def moves(result: dict[str, Any]) -> Iterator[Row]:
     for size, entry in result["memory"].items():
         target = result["targets_memory"][size]
@@ -240,6 +247,7 @@ READERS = {
         memory_waste,
         block_size,
         scheduler_overhead,
+        overlap,
         moves,
         tier_ttft,
         oversubscribe,

@@ -92,6 +92,12 @@ def test_decode_latency(tmp_path: Path) -> None:
     assert (tmp_path / "decode_latency.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_overlap(tmp_path: Path) -> None:
+    result = run("overlap", tmp_path)
+    assert list(result["idle_ms"]) == ["2", "5", "10"]
+    assert all({*found} == {"in turn", "overlapped"} for found in result["idle_ms"].values())
+
+
 def test_window(tmp_path: Path) -> None:
     result = run("window", tmp_path)
     assert 0 < result["snapshot_cpu_ms"] <= result["snapshot_cpu_p99_ms"]
