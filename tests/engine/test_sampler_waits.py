@@ -115,7 +115,7 @@ def test_logprobs_come_beside_the_tokens() -> None:
     results = unread.results()
     assert [result.samples[0].token_id for result in results] == best
     for result in results:
-        assert [entry.rank for entry in (result.samples[0].logprobs or {}).values()][0] == 1
+        assert next(entry.rank for entry in (result.samples[0].logprobs or {}).values()) == 1
         assert len(result.prompt_logprobs) == 1
 
 

@@ -111,7 +111,7 @@ SGLANG = {
     "--disable-radix-cache": "use --no-enable-prefix-caching",
     "--cuda-graph-max-bs,--cuda-graph-bs": "use --cuda-graph-sizes",
     "--disable-cuda-graph-padding": "use --cuda-graph-sizes, or --enforce-eager for no graphs",
-    "--disable-overlap-schedule,--enable-mixed-chunk": "there is one way to schedule: leave it out",
+    "--enable-mixed-chunk": "chunks and decode rows are mixed always: leave it out",
     "--dist-init-addr,--nnodes,--node-rank,--ep-size,--enable-dp-attention": _ONE_HOST,
     "--dp-size,--dp": _ANY_DEVICES,
     "--enable-lmcache": "use --offload cpu=SIZE,nvme=SIZE:PATH",
@@ -225,6 +225,7 @@ SAME_HERE: dict[str, tuple[str, ...]] = {
 
 SWITCHES = {
     "--disable-cuda-graph": ("enforce_eager", True),
+    "--disable-overlap-schedule": ("async_scheduling", False),
     "--disable-log-requests": ("log_requests", False),
     "--enable-log-requests": ("log_requests", True),
 }
