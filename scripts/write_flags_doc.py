@@ -31,7 +31,8 @@ does not have is an error that says what to use instead, in YAML as well; it is 
 """
 NOTES = """
 `--disable-log-requests` and `--enable-log-requests` are other names of `--no-log-requests` and
-`--log-requests`, `--disable-cuda-graph` is another of `--enforce-eager`. Keys may be in the
+`--log-requests`, `--disable-cuda-graph` is another of `--enforce-eager`,
+`--disable-overlap-schedule` of `--no-async-scheduling`. Keys may be in the
 environment instead, as `TIERKV_API_KEY` and `TIERKV_ADMIN_API_KEY`. `--offload`, below, is `auto`
 in `tierkv serve` and off in Python; `--no-offload` serves from the pool alone.
 """
