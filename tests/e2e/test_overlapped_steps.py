@@ -109,6 +109,7 @@ def test_every_kind_of_request_gets_the_same(servable: Path, mode: dict[str, Any
             llm._engine.check()  # type: ignore[union-attr]
             metrics = llm.metrics()
             assert (metrics["running"], metrics["gpu_blocks_used"]) == (0, 0)
+            assert bool(metrics["swaps"]) is ("offload" in mode)
             assert llm.reset_prefix_cache()
     assert found[0] == found[1]
     assert num_late[0] == 0

@@ -316,3 +316,32 @@ def test_caching_off_reuses_nothing() -> None:
         drain(core)
     metrics = core.metrics()
     assert metrics["hit_tokens"] == 0 and metrics["gpu_blocks_cached"] == 0
+
+
+def test_a_tail_that_its_parent_has_filled_is_copied() -> None:
+    """With overlapped steps a parent writes into the block that its sample will share, and may
+    publish it before the sample goes on."""
+    core, ledger, _ = ledger_engine(block_size=4)
+    prompt = list(range(15))
+    core.add_request(EngineRequest("r", prompt, SamplingParams(max_tokens=9, n=2)))
+    launched = []
+    for _ in range(2):  # the parent's sixteenth token fills the block
+        plan = core.scheduler.plan()
+        logits = ledger.run(plan)
+        core.scheduler.note_launched()
+        launched.append((plan, ledger.draw(logits, plan).results()))
+    for plan, results in launched:
+        core.scheduler.commit(plan, results)
+    parent, child = core.scheduler.requests["r"].sequences
+    tail = child.blocks[-1]
+    assert tail is parent.blocks[3] and tail is not None and tail.in_tree
+    core.scheduler.finish_sequence(parent, FinishReason.ABORT)
+    core.step()
+    assert child.blocks[3] is not tail
+    core.check()
+    again = [*prompt, *expected_tokens(prompt, 1)]
+    core.add_request(EngineRequest("again", [*again, 7], SamplingParams(max_tokens=3)))
+    found: list[int] = []
+    while core.has_work:
+        found += [t for o in core.step() if o.request_id == "again" for t in o.new_token_ids]
+    assert found == expected_tokens([*again, 7], 3)

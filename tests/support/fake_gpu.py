@@ -85,6 +85,17 @@ class FakeGpu:
 
         self._issue(self.compute, work())
 
+    def shut(self, stream: FakeStream) -> FakeEvent:
+        """Nothing that is issued to the stream from now on is done until the gate is opened."""
+        gate = FakeEvent()
+        self._issue(stream, gate)
+        return gate
+
+    def open(self, gate: FakeEvent) -> None:
+        with self._changed:
+            gate.at_s = time.perf_counter()
+            self._changed.notify_all()
+
     def hold(self, stream: FakeStream) -> None:
         """Nothing in the stream is done until `let_go`."""
         with self._changed:

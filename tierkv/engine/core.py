@@ -229,6 +229,8 @@ class EngineCore:
         self.cache.poll()
         if self.cache.moves is not None:
             self._cost.note_moves(self.cache.moves.stats)
+        if self.steps.is_busy and self.scheduler.preemptor.is_due:
+            self.settle()
         plan = self.scheduler.plan()
         self.cache.begin(plan.moves)
         outputs: list[SequenceOutput] = []

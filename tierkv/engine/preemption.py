@@ -66,15 +66,26 @@ class Preemptor:
         self.is_turn_wanted = False
         self._swapping: list[Sequence] = []
 
+    @property
+    def is_due(self) -> bool:
+        """The next plan is about to take somebody out: for room, or because others want their
+        turn. With a step under way it could only drop what it takes; after that step it may swap,
+        or need not do it at all."""
+        return self._is_crowded() or bool(self.is_turn_wanted and self._longest(self._running))
+
     def make_room(self) -> None:
         """Preempt until every decoding sequence can get its block, and someone can progress."""
-        if self._cache.num_available >= len(self._running):
-            return  # a step asks for at most one block for each
-        while len(self._running) > 1 and not self._has_room():
+        while self._is_crowded():
             self.preempt(self._choose_victim())
+
+    def _is_crowded(self) -> bool:
+        """Somebody has to go, and somebody else can stay."""
+        return len(self._running) > 1 and not self._has_room()
 
     def _has_room(self) -> bool:
         """Now, or once the moves in flight have freed what they read."""
+        if self._cache.num_available >= len(self._running):
+            return True  # a step asks for at most one block for each
         available = self._cache.num_available + self._cache.num_leaving
         need = can_progress = is_stuck = 0
         for seq in self._running.values():
@@ -91,18 +102,21 @@ class Preemptor:
 
         Called before a step is planned, while no row of a victim can be part of one.
         """
-        slice_, is_wanted, self.is_turn_wanted = (
-            self._policies.time_slice,
-            self.is_turn_wanted,
-            False,
-        )
-        if slice_ is None or not is_wanted or len(self._running) < 2:
-            return
-        had = [s for s in self._running.values() if not s.num_uncommitted and not s.load_tokens]
-        longest = max(had, key=lambda s: s.num_tokens - s.admitted_tokens, default=None)
-        if longest is not None and longest.num_tokens - longest.admitted_tokens >= slice_:
+        is_wanted, self.is_turn_wanted = self.is_turn_wanted, False
+        settled = {i: s for i, s in self._running.items() if not s.num_uncommitted}
+        longest = self._longest(settled) if is_wanted else None
+        if longest is not None:
             longest.queued_s = self._clock.now()  # behind those that wait already
             self.preempt(longest, Mode.SWAP)
+
+    def _longest(self, sequences: dict[int, Sequence]) -> Sequence | None:
+        """Who has had most of its turn, if that was a time slice or more."""
+        least = self._policies.time_slice
+        if least is None or len(self._running) < 2:
+            return None
+        had = [s for s in sequences.values() if not s.load_tokens]
+        longest = max(had, key=_turn, default=None)
+        return longest if longest is not None and _turn(longest) >= least else None
 
     def stop_all(self, loading: dict[int, Sequence]) -> None:
         """All that runs or is loaded goes back to the queue; swapped, where that is possible."""
@@ -185,3 +199,8 @@ class Preemptor:
         oldest = min(self._running.values(), key=lambda s: s.scheduled_order)
         views = [self._running_view(s) for s in self._running.values() if s is not oldest]
         return self._running[self._policies.victim.choose(views)]
+
+
+def _turn(seq: Sequence) -> int:
+    """Tokens since it began to run."""
+    return seq.num_tokens - seq.admitted_tokens

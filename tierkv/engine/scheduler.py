@@ -65,7 +65,7 @@ class Scheduler:
         self.waiting = WaitingQueue(order, lambda seq: cache.lookup(seq).num_tokens)
         self.requests: dict[str, Request] = {}
         self.timeline = Timeline(clock)
-        self._preemptor = Preemptor(cache, self.running, self.waiting, policies, clock, metrics)
+        self.preemptor = Preemptor(cache, self.running, self.waiting, policies, clock, metrics)
         self._loader = Loader(cache, policies, clock, metrics)
         self._clock = clock
         self._seq_ids = itertools.count()
@@ -139,7 +139,7 @@ class Scheduler:
 
     def stop_all(self) -> None:
         """Nothing holds blocks any more; to be called between two steps."""
-        self._preemptor.stop_all(self.loading)
+        self.preemptor.stop_all(self.loading)
 
     # ------------------------------------------------------------------ plan
 
@@ -147,11 +147,11 @@ class Scheduler:
         """Decide the next step; advances the counts of every sequence in it."""
         plan = Plan()
         self.cache.write_back()
-        self._preemptor.finish_swaps()
+        self.preemptor.finish_swaps()
         self._start_loaded()
         self._loader.note_ended(self.running)
-        self._preemptor.take_turns()
-        self._preemptor.make_room()
+        self.preemptor.take_turns()
+        self.preemptor.make_room()
         prefills = self._plan_decodes(plan)
         for seq in prefills:
             self._plan_chunk(plan, seq)
@@ -305,7 +305,7 @@ class Scheduler:
         refused = self._refused
         if refused is None or refused[0] is not seq or refused[1] <= self._num_spare():
             return False
-        self._preemptor.is_turn_wanted = True
+        self.preemptor.is_turn_wanted = True
         return True
 
     def _is_admissible(self, seq: Sequence, held: HeldBlocks) -> bool:
@@ -338,7 +338,7 @@ class Scheduler:
             match = Match(match.blocks, 0, len(match.blocks) * self.cache.block_size)
             need = self.cache.blocks_to_acquire(match, tokens, chunk)
         if need > spare:
-            self._refused, self._preemptor.is_turn_wanted = (seq, need), True
+            self._refused, self.preemptor.is_turn_wanted = (seq, need), True
             return False
         self._refused = None
         self._loader.note_hits(seq, match, num_head)
