@@ -1,6 +1,6 @@
 """CUDA kernels: picks the implementation of each op.
 
-Attention and copies are Triton's. The elementwise ops are plain torch, which runs on any device.
+All of them are Triton's; here they get the GPU on which they are launched.
 """
 
 from __future__ import annotations
@@ -13,17 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tierkv.kernels import cpu_torch
 from tierkv.kernels.metadata import AttentionMetadata
 from tierkv.kernels.triton import attention as triton_attention
-from tierkv.kernels.triton import copies, merge
+from tierkv.kernels.triton import copies, merge, rows
 from tierkv.kernels.triton.tiles import Device
 
 _PROGRAMS_PER_SM = 4  # of a copy that has the GPU to itself
 
-rms_norm = cpu_torch.rms_norm
-act_and_mul = cpu_torch.act_and_mul
-rotate = cpu_torch.rotate
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, round_first: bool) -> Tensor:
+    """See `ops.rms_norm`."""
+    with _launching_on(x):
+        return rows.rms_norm(x, weight, eps, round_first)
+
+
+def act_and_mul(x: Tensor, activation: str) -> Tensor:
+    """See `ops.act_and_mul`."""
+    with _launching_on(x):
+        return rows.act_and_mul(x, activation)
+
+
+def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """See `ops.rotate`."""
+    with _launching_on(q):
+        return rows.rotate(q, k, cos, sin)
 
 
 def write_kv(kv: Tensor, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:

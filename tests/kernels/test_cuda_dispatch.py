@@ -11,10 +11,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tiny_models import FAMILIES, VOCAB_SIZE, build_model
 from triton_steps import DEVICE, meta_on_device, on_device
 
 from tierkv.kernels import cuda, ops, reference
 from tierkv.kernels.triton.tiles import Device
+from tierkv.model.fuse import fuse_projections
+from tierkv.model.swap import swap_modules, swap_rotary
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +68,7 @@ def test_gather_and_scatter(rng) -> None:
     assert torch.equal(other.cpu()[ids.flip(0)], pool[ids])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows(dtype, rng) -> None:
     x, weight = torch.randn(5, 3, 64).to(dtype), torch.randn(64)
     normed = ops.rms_norm(on_device(x), weight.to(DEVICE), 1e-6, round_first=True)
@@ -101,3 +104,18 @@ def test_a_missing_triton_is_named() -> None:
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "pip install tierkv[cuda]" in run.stdout, run.stderr
+
+
+def test_small_modules_of_a_model_become_kernels() -> None:
+    """fp16, whose rounding the interpreter gets right."""
+    half, device = torch.float16, torch.device(DEVICE)
+    model = build_model(FAMILIES["llama"]()).to(device, half).eval()
+    ids = torch.randint(0, VOCAB_SIZE, (1, 7), device=device)
+    with torch.inference_mode():
+        wanted = model(ids).logits
+        assert fuse_projections(model) == 6
+        assert swap_modules(model, half) == 7 + 3  # norms, MLPs
+        assert swap_rotary(model, half, device) == 3
+        found = model(ids).logits
+    error = (found - wanted).float().norm() / wanted.float().norm()
+    assert error < 2e-3

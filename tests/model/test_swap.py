@@ -124,7 +124,7 @@ def test_models(
     directory = save_model(family, tmp_path)
     fast = load_tiny(directory, dtype="bfloat16")
     monkeypatch.setattr(loader, "swap_modules", lambda model, dtype: 0)
-    monkeypatch.setattr(loader, "swap_rotary", lambda model, dtype: 0)
+    monkeypatch.setattr(loader, "swap_rotary", lambda model, dtype, device: 0)
     plain = load_tiny(directory, dtype="bfloat16")
     swapped = [m for m in fast.model.modules() if isinstance(m, RmsNorm | GatedMlp)]
     turned = [m for m in fast.model.modules() if "forward" in vars(m)]

@@ -28,7 +28,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from tierkv.kernels.metadata import AttentionMetadata, build_metadata, warm_up_steps
-from tierkv.kernels.triton import attention, copies, merge
+from tierkv.kernels.triton import attention, copies, merge, rows
 from tierkv.kernels.triton.tiles import Device
 
 WIDE_LOAD = r"cp\.async\.cg|ld\.global[\w.]*\.(?:v4\.b32|v2\.b64)"  # of 16 bytes
@@ -109,7 +109,7 @@ def launch_of(case: dict[str, Any]) -> Callable[[], object]:
     kv = torch.empty(1 + meta.max_block_id, 2, heads, size, dim, dtype=dtype)
     q = torch.empty(sum(queries), heads * group, dim, dtype=dtype)
     if case["kind"] == "copies":
-        return lambda: launch_copies(q[:, :heads], kv, meta)
+        return lambda: launch_others(q, kv, meta)
     device = Device(case.get("num_sms", 132), divmod(case["arch"], 10))
     sinks = torch.empty(heads * group) if case.get("sinks") else None
     options = {"scale": 0.1, "window": case.get("window"), "softcap": case.get("softcap")}
@@ -117,11 +117,17 @@ def launch_of(case: dict[str, Any]) -> Callable[[], object]:
     return lambda: attention.attention(q, kv, meta, out, None, device, sinks=sinks, **options)
 
 
-def launch_copies(k: torch.Tensor, kv: torch.Tensor, meta: AttentionMetadata) -> None:
+def launch_others(q: torch.Tensor, kv: torch.Tensor, meta: AttentionMetadata) -> None:
     """Every launch that is not attention itself."""
+    k = q[:, : kv.shape[2]]
+    wide = q.flatten(1)
+    rows.rms_norm(wide, torch.empty(wide.shape[1]), 1e-6, True)
+    rows.act_and_mul(wide, "silu")
+    rows.act_and_mul(wide, "gelu_tanh")
+    rows.rotate(q.transpose(0, 1), k.transpose(0, 1), k[:, 0], k[:, 0])
     copies.write_kv(kv, k, k, meta.slot_mapping)
-    rows = kv.view(len(kv), -1).view(torch.uint8)
-    copies.copy_rows(rows, meta.block_tables[0], rows[:9], None, 9, 4)
+    blocks = kv.view(len(kv), -1).view(torch.uint8)
+    copies.copy_rows(blocks, meta.block_tables[0], blocks[:9], None, 9, 4)
     lse = torch.empty(k.shape[:2])
     merge.merge_attention([k.float(), k.float()], [lse, lse], torch.empty(k.shape[1]))
 

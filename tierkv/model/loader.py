@@ -73,9 +73,9 @@ def load_model(config: EngineConfig, shard: Shard = WHOLE) -> LoadedModel:
     )
     if config.verify_model:
         verify_model(loaded)
+    _speed_up(loaded)
     if config.quantization is not None:
         quantize(loaded.model, config.quantization)
-    _speed_up(loaded)
     return loaded
 
 
@@ -95,14 +95,19 @@ def _on(device: torch.device, model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _speed_up(loaded: LoadedModel) -> None:
-    """Fuse and lay out half-precision weights for the CPU; the probe needs them plain."""
-    if loaded.device.type != "cpu" or loaded.dtype is torch.float32:
+    """Fuse half-precision weights and what lies between them; the probe needs them plain. What is
+    fp32 stays as it is, so that its tokens are transformers'."""
+    model, dtype, device = loaded.model, loaded.dtype, loaded.device
+    if dtype is torch.float32:
         return
-    num_fused, num_packed = fuse_projections(loaded.model), pack_linears(loaded.model)
+    num_fused = fuse_projections(model)
+    num_packed = pack_linears(model) if device.type == "cpu" else 0
+    has_kernels = device.type == "cuda" or (
+        dtype is torch.bfloat16 and ops.get_backend() == "native"
+    )
     num_swapped = 0
-    if loaded.dtype is torch.bfloat16 and ops.get_backend() == "native":
-        num_swapped = swap_modules(loaded.model, loaded.dtype)
-        num_swapped += swap_rotary(loaded.model, loaded.dtype)
+    if has_kernels:
+        num_swapped = swap_modules(model, dtype) + swap_rotary(model, dtype, device)
     logger.debug("%d fused, %d packed, %d swapped", num_fused, num_packed, num_swapped)
 
 

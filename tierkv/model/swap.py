@@ -1,9 +1,9 @@
 """Small modules between the products, replaced by one kernel each.
 
-RMS norms and gated MLPs are half a dozen operations in transformers' code, which on a CPU cost more
-for their calls than for their arithmetic. A module is a candidate by its outward form; what it
-computes is observed: it runs on random input, and is replaced only if the kernel's results are the
-same but for rare last bits.
+RMS norms and gated MLPs are half a dozen operations in transformers' code, which cost more for
+their calls, and on a GPU for their launches, than for their arithmetic. A module is a candidate by
+its outward form; what it computes is observed: it runs on random input, and is replaced only if the
+kernel's results are the same but for rare last bits.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _norm(module: nn.Module, dtype: torch.dtype) -> RmsNorm | None:
         return None
     if len(list(module.parameters())) != 1 or module._modules or not _is_simple(module):
         return None
-    x = _random_rows(weight.numel(), dtype)
+    x = _random_rows(weight.numel(), weight)
     wanted = module(x)
     wide = weight.detach().float()
     choices = [
@@ -120,7 +120,7 @@ def _mlp(module: nn.Module, dtype: torch.dtype) -> GatedMlp | None:
         return None
     if not _is_simple(module) or any(map(is_watched, (down, gate, up, group, group.linear))):
         return None
-    x = _random_rows(group.linear.in_features, dtype)
+    x = _random_rows(group.linear.in_features, group.linear.weight)
     hidden, wanted = _observe(module, down, x)
     if len(hidden) != 1 or not torch.equal(down(hidden[0]), wanted):
         return None
@@ -147,11 +147,11 @@ def _is_simple(module: nn.Module) -> bool:
     return num_inputs == 1 and not module.training and not is_watched(module)
 
 
-def _random_rows(dim: int, dtype: torch.dtype) -> Tensor:
-    """`[1, rows, dim]` of all sizes, the same every time."""
+def _random_rows(dim: int, like: Tensor) -> Tensor:
+    """`[1, rows, dim]` of all sizes, the same every time; of the dtype and device of `like`."""
     generator = torch.Generator().manual_seed(dim)
     rows = torch.randn(len(_SCALES), _ROWS, dim, generator=generator)
-    return (rows * torch.tensor(_SCALES)[:, None, None]).flatten(0, 1).unsqueeze(0).to(dtype)
+    return (rows * torch.tensor(_SCALES)[:, None, None]).flatten(0, 1).unsqueeze(0).to(like)
 
 
 def _agree(found: Tensor, wanted: Tensor) -> bool:
@@ -174,7 +174,7 @@ def _noise(wanted: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def swap_rotary(model: nn.Module, dtype: torch.dtype) -> int:
+def swap_rotary(model: nn.Module, dtype: torch.dtype, device: torch.device) -> int:
     """Let attention layers turn queries and keys by the kernel; returns how many do.
 
     An attention layer calls the function `apply_rotary_pos_emb` of its own source file. Where that
@@ -189,7 +189,7 @@ def swap_rotary(model: nn.Module, dtype: torch.dtype) -> int:
         if forward is None or plain is None or not isinstance(head_dim, int):
             continue
         if (plain, head_dim) not in kernels:
-            kernels[plain, head_dim] = _rotary(plain, head_dim, dtype)
+            kernels[plain, head_dim] = _rotary(plain, head_dim, dtype, device)
         if (kernel := kernels[plain, head_dim]) is not None:
             module.forward = _rebind(forward, {_ROTARY: kernel}, module)
             count += 1
@@ -207,7 +207,9 @@ def _plain_forward(module: nn.Module) -> FunctionType | None:
     return None if is_bound or _ROTARY not in forward.__code__.co_names else forward
 
 
-def _rotary(plain: _Function, head_dim: int, dtype: torch.dtype) -> _Function | None:
+def _rotary(
+    plain: _Function, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> _Function | None:
     """The kernel behind the function's signature, if it computes the same."""
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -218,8 +220,9 @@ def _rotary(plain: _Function, head_dim: int, dtype: torch.dtype) -> _Function | 
         return q.unsqueeze(0), k.unsqueeze(0)
 
     generator = torch.Generator().manual_seed(head_dim)
-    q, k = (torch.randn(1, n, 5, head_dim, generator=generator).to(dtype) for n in (4, 2))
-    cos, sin = torch.randn(2, 1, 5, head_dim, generator=generator).to(dtype)
+    shapes = (1, 4, 5, head_dim), (1, 2, 5, head_dim), (1, 5, head_dim), (1, 5, head_dim)
+    rows = (torch.randn(shape, generator=generator) for shape in shapes)
+    q, k, cos, sin = (x.to(device, dtype) for x in rows)
     try:
         wanted = plain(q, k, cos, sin)
         same = all(map(torch.equal, rotate(q, k, cos, sin), wanted))
