@@ -1,6 +1,7 @@
 """CUDA kernels: picks the implementation of each op.
 
-Attention and copies are Triton's. The elementwise ops are plain torch, which runs on any device.
+Attention, copies and wide nuclei are Triton's. The elementwise ops are plain torch, which runs on
+any device.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from tierkv.kernels import cpu_torch
 from tierkv.kernels.metadata import AttentionMetadata
 from tierkv.kernels.triton import attention as triton_attention
-from tierkv.kernels.triton import copies, merge
+from tierkv.kernels.triton import copies, merge, nucleus
 from tierkv.kernels.triton.tiles import Device
 
 _PROGRAMS_PER_SM = 4  # of a copy that has the GPU to itself
@@ -91,6 +92,14 @@ def merge_attention(
     """See `ops.merge_attention`."""
     with _launching_on(outs[0]):
         return merge.merge_attention(outs, lses, sinks)
+
+
+def widen_nuclei(
+    logits: Tensor, best: Tensor, mass: Tensor, is_open: Tensor, floor: Tensor
+) -> None:
+    """See `ops.widen_nuclei`."""
+    with _launching_on(logits):
+        nucleus.widen_nuclei(logits, best, mass, is_open, floor)
 
 
 def _launching_on(x: Tensor) -> AbstractContextManager[Any]:

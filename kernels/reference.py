@@ -192,3 +192,25 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         return x * cos + torch.cat((-high, low), -1) * sin
 
     return turn(q), turn(k)
+
+
+def widen_nuclei(
+    logits: Tensor, best: Tensor, mass: Tensor, is_open: Tensor, floor: Tensor
+) -> None:
+    """Lower the floor of rows that are open to the smallest logit that top-p keeps.
+
+    Args:
+        logits: fp32 `[rows, vocab]`.
+        best, mass: fp32 `[rows]`; the kept logits are those with less than mass above them, in
+            units of `exp(logit - best)`. All of them, if together they have less.
+        is_open: bool `[rows]`.
+        floor: fp32 `[rows]`, written in place.
+    """
+    for row in is_open.nonzero().flatten().tolist():
+        weights = (logits[row].double() - best[row].double()).exp()
+        levels, index = logits[row].unique(return_inverse=True)  # ascending
+        at_level = torch.zeros(len(levels), dtype=torch.float64).index_add_(0, index, weights)
+        above = at_level.flip(0).cumsum(0).flip(0) - at_level
+        is_kept = (above < mass[row]) & (levels > -torch.inf)
+        has_all = at_level.sum() < mass[row]
+        floor[row] = torch.finfo(floor.dtype).min if has_all else levels[is_kept].min()
