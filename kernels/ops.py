@@ -329,7 +329,8 @@ def widen_nuclei(
         best: fp32 `[rows]`, the largest logit of each.
         mass: fp32 `[rows]`, above 0, in units of `exp(l - best)`.
         is_open: bool `[rows]`; the floors of other rows stay.
-        floor: fp32 `[rows]`, contiguous; in: a logit that is kept; written in place.
+        floor: fp32 `[rows]`, contiguous, written in place; in: numbers that are not below the
+            result, such as logits known to be kept.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, stride or device.

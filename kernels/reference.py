@@ -207,10 +207,9 @@ def widen_nuclei(
         floor: fp32 `[rows]`, written in place.
     """
     for row in is_open.nonzero().flatten().tolist():
-        weights = (logits[row].double() - best[row].double()).exp()
-        levels, index = logits[row].unique(return_inverse=True)  # ascending
-        at_level = torch.zeros(len(levels), dtype=torch.float64).index_add_(0, index, weights)
-        above = at_level.flip(0).cumsum(0).flip(0) - at_level
-        is_kept = (above < mass[row]) & (levels > -torch.inf)
-        has_all = at_level.sum() < mass[row]
-        floor[row] = torch.finfo(floor.dtype).min if has_all else levels[is_kept].min()
+        ordered = logits[row].sort(descending=True).values
+        reached = (ordered.double() - best[row].double()).exp().cumsum(0)
+        above = torch.cat([torch.zeros(1), reached[:-1]])
+        kept = ordered[(above < mass[row]) & (ordered > -torch.inf)]
+        has_all = reached[-1] < mass[row]
+        floor[row] = torch.finfo(floor.dtype).min if has_all else kept[-1]

@@ -49,7 +49,7 @@ KINDS: dict[str, Callable[[int, int], Tensor]] = {
 def problem(
     rng: random.Random, kind: str, vocab: int, rows: int = 4
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Arguments of the op: rows with gaps, and poison where a row is not open."""
+    """Arguments of the op; rows have gaps of what would be the best, one is not open."""
     memory = torch.full((rows, vocab + rng.randrange(4)), torch.inf)
     logits = memory[:, :vocab]
     logits[:] = KINDS[kind](rows, vocab)
@@ -59,10 +59,7 @@ def problem(
     mass = (share * weights.sum(-1)).float()
     is_open = torch.ones(rows, dtype=torch.bool)
     is_open[rng.randrange(rows)] = False
-    floor = best.clone()  # always kept
-    for x in (best, mass, floor):
-        x[~is_open] = torch.nan
-    return logits, best, mass, is_open, floor
+    return logits, best, mass, is_open, best.clone()  # which is always kept
 
 
 def triton_floor(
@@ -98,7 +95,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize("find", [triton_floor, torch_floor])
 def test_floors(find, kind, vocab, rng) -> None:
     logits, best, mass, is_open, floor = problem(rng, kind, vocab)
     found = find(logits, best, mass, is_open, floor)
-    assert found[~is_open].isnan().all()
+    assert torch.equal(found[~is_open], floor[~is_open])
     low = oracle(logits, best, mass * (1 + MARGIN), is_open, floor)[is_open]
     high = oracle(logits, best, mass * (1 - MARGIN), is_open, floor)[is_open]
     found, logits = found[is_open], logits[is_open]
@@ -123,6 +120,17 @@ def test_between_two_sums_nothing_is_left_to_rounding(find, vocab, rng) -> None:
         assert found == ordered[at]
 
 
+@pytest.mark.parametrize("find", [triton_floor, torch_floor, oracle])
+@pytest.mark.parametrize("num_best", [1, 8, 1000])
+def test_a_mass_that_is_reached_exactly_is_enough(find, num_best, rng) -> None:
+    """Weights of 1 and of nothing: the last 1 completes the mass, and no other token is kept."""
+    logits = torch.full((1, 2000), -200.0)
+    logits[0, rng.sample(range(2000), num_best)] = 0.0
+    arguments = torch.zeros(1), torch.tensor([float(num_best)]), torch.tensor([True])
+    for start in (0.0, 1e-30 * rng.random(), 100 * rng.random(), 1e30 * rng.random()):
+        assert find(logits, *arguments, torch.tensor([start])) == 0.0
+
+
 @IMPLEMENTATIONS
 def test_where_all_logits_have_too_little_mass_all_are_kept(find, rng) -> None:
     logits, best, mass, is_open, floor = problem(rng, "masked", 1000)
@@ -132,10 +140,7 @@ def test_where_all_logits_have_too_little_mass_all_are_kept(find, rng) -> None:
 
 
 def test_a_row_has_the_same_floor_in_any_batch(rng) -> None:
-    logits, best, mass, _, floor = problem(rng, "flat", 9999, rows=5)
-    best = logits.amax(-1)
-    mass, floor = torch.full_like(mass, 9999 * 0.4), best
-    is_open = torch.ones(5, dtype=torch.bool)
+    logits, best, mass, is_open, floor = problem(rng, "flat", 9999, rows=5)
     together = triton_floor(logits, best, mass, is_open, floor)
     order = torch.tensor(rng.sample(range(5), 3))
     some = triton_floor(*(x[order] for x in (logits, best, mass, is_open, floor)))
@@ -149,18 +154,18 @@ def test_no_rows_and_rows_of_strided_arguments(rng) -> None:
     pairs = [torch.stack([x, x], 1)[:, 0] for x in (best, mass, is_open)]
     wanted = triton_floor(logits, best, mass, is_open, floor)
     found = triton_floor(logits, *pairs, floor=floor)
-    assert torch.equal(found.nan_to_num(1), wanted.nan_to_num(1))
+    assert torch.equal(found, wanted)
 
 
 def test_rows_past_two_to_the_31() -> None:
-    """A distance of rows that 32 bits do not count; pages that nothing touches cost no memory."""
-    stride = 2**31 + 16
-    memory = torch.empty(stride + 1000, device=DEVICE)
-    logits = memory.as_strided((2, 1000), (stride, 1))
-    logits[:] = torch.randn(2, 1000).to(DEVICE)
+    """A row's place that 32 bits do not count; pages that nothing touches cost no memory."""
+    stride = 2**30
+    memory = torch.empty(2 * stride + 1000, device=DEVICE)
+    logits = memory.as_strided((3, 1000), (stride, 1))
+    logits[:] = torch.randn(3, 1000).to(DEVICE)
     best = logits.amax(-1)
     mass = (logits - best[:, None]).exp().sum(-1) * 0.6
-    is_open = torch.ones(2, dtype=torch.bool, device=DEVICE)
+    is_open = torch.ones(3, dtype=torch.bool, device=DEVICE)
     found = best.clone()
     nucleus.widen_nuclei(logits, best, mass, is_open, found)
     compact = best.clone()
