@@ -87,8 +87,8 @@ def sampled(logits: Tensor, params: list[SamplingParams]) -> list[list[int]]:
         Sequence(n, Request(str(n), [1], p, max_tokens=9, eos_token_ids=frozenset()), 0, [1])
         for n, p in enumerate(params)
     ]
-    results = TorchSampler(7).sample(logits, Plan([PlanRow(s, 0, 1, 5, 1) for s in sequences]))
-    return [[s.token_id for s in result.samples] for result in results]
+    unread = TorchSampler(7).draw(logits, Plan([PlanRow(s, 0, 1, 5, 1) for s in sequences]))
+    return [[s.token_id for s in result.samples] for result in unread.results()]
 
 
 def test_the_tokens_are_the_same(rng, request, monkeypatch) -> None:
@@ -116,11 +116,6 @@ def test_what_may_stay_open_is_known_before(vocab, top_k, top_p) -> None:
     logits = torch.zeros(1, vocab)
     uniforms = torch.rand(1, 1, dtype=torch.float64)
     _, is_open = filters.draw(logits, [params], uniforms, CANDIDATES)
-    known = filters.may_stay_open(params, vocab, CANDIDATES, logits.device)
-    assert known == bool(is_open)
-    assert not filters.may_stay_open(params, vocab, CANDIDATES, torch.device("cuda"))
-
-
-def test_a_greedy_request_never_stays_open() -> None:
-    params = SamplingParams(temperature=0.0, top_p=0.9)
-    assert not filters.may_stay_open(params, VOCAB, CANDIDATES, torch.device("cpu"))
+    asked = [SamplingParams(), params]
+    assert filters.may_stay_open(asked, vocab, CANDIDATES, logits.device) == bool(is_open)
+    assert not filters.may_stay_open(asked, vocab, CANDIDATES, torch.device("cuda"))

@@ -1,9 +1,9 @@
 """Temperature, min-p, top-k and top-p, and one draw, for many rows at once.
 
 Nothing here waits for the device: what a row asks for goes there without waiting. A nucleus may be
-wider than the candidates that were looked at. On a CPU, whether it is comes back with the tokens,
-and drawing the row again is cheap. On a GPU the next step may start before the host reads them, so
-there every draw is final: a kernel finds what those rows keep, before they are drawn from.
+wider than the candidates that were looked at. On a CPU whether it is comes back with the tokens,
+and the row is drawn again. To read that from a GPU is to wait for it, so there every draw is final:
+a kernel finds what such rows keep before a token is drawn.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ def resolves_on_device(device: torch.device) -> bool:
 
 
 def may_stay_open(
-    params: SamplingParams, vocab: int, num_candidates: int, device: torch.device
+    params: list[SamplingParams], vocab: int, num_candidates: int, device: torch.device
 ) -> bool:
-    """Could a draw with these parameters have to be repeated among more candidates?
+    """Could a row with these parameters have to be drawn again among more candidates?
 
     Args:
-        params: of the request; a greedy one draws nothing.
+        params: of rows that are drawn, which greedy ones are not.
         vocab: logits of a row.
         num_candidates: as `draw` is given.
         device: of the logits.
     """
-    is_flat = params.top_p < 1.0 and not 0 < params.top_k < vocab
-    is_final = params.is_greedy or vocab <= num_candidates or resolves_on_device(device)
-    return is_flat and not is_final
+    if vocab <= num_candidates or resolves_on_device(device):
+        return False
+    return any(p.top_p < 1.0 and not 0 < p.top_k < vocab for p in params)
 
 
 def draw(
