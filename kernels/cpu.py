@@ -125,6 +125,13 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return cpu_native.rotate(lib, q, k, cos, sin)
 
 
+def widen_nuclei(
+    logits: Tensor, best: Tensor, mass: Tensor, is_open: Tensor, floor: Tensor
+) -> None:
+    """See `ops.widen_nuclei`."""
+    cpu_torch.widen_nuclei(logits, best, mass, is_open, floor)
+
+
 def _library() -> ctypes.CDLL | None:
     """The C kernels, unless they were ruled out or cannot be built."""
     return None if _choice == "torch" else cpu_native.library()

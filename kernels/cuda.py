@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tierkv.kernels.metadata import AttentionMetadata
 from tierkv.kernels.triton import attention as triton_attention
-from tierkv.kernels.triton import copies, merge, rows
+from tierkv.kernels.triton import copies, merge, nucleus, rows
 from tierkv.kernels.triton.tiles import Device
 
 _PROGRAMS_PER_SM = 4  # of a copy that has the GPU to itself
@@ -104,6 +104,14 @@ def merge_attention(
     """See `ops.merge_attention`."""
     with _launching_on(outs[0]):
         return merge.merge_attention(outs, lses, sinks)
+
+
+def widen_nuclei(
+    logits: Tensor, best: Tensor, mass: Tensor, is_open: Tensor, floor: Tensor
+) -> None:
+    """See `ops.widen_nuclei`."""
+    with _launching_on(logits):
+        nucleus.widen_nuclei(logits, best, mass, is_open, floor)
 
 
 def _launching_on(x: Tensor) -> AbstractContextManager[Any]:

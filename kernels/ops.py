@@ -312,6 +312,40 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     return turned
 
 
+def widen_nuclei(
+    logits: Tensor, best: Tensor, mass: Tensor, is_open: Tensor, floor: Tensor
+) -> None:
+    """Lower the floor of rows that are open to the smallest logit that top-p keeps.
+
+    That is the smallest one such that the sum of `exp(l - best)` over the logits l above it is less
+    than mass: tokens tied with the last one kept are kept. Logits of -inf have no mass and are not
+    kept. Where even all logits have less than mass, the floor is the lowest fp32 number. Sums are
+    fp32, so which token is the last follows from rounding where a sum comes close to mass.
+
+    On a GPU it is one asynchronous launch, which ends at once if no row is open.
+
+    Args:
+        logits: fp32 `[rows, vocab]`; rows may have gaps, what is inside one is contiguous.
+        best: fp32 `[rows]`, the largest logit of each.
+        mass: fp32 `[rows]`, above 0, in units of `exp(l - best)`.
+        is_open: bool `[rows]`; the floors of other rows stay.
+        floor: fp32 `[rows]`, contiguous, written in place; in: numbers that are not below the
+            result, such as logits known to be kept.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, stride or device.
+    """
+    _check_rows(logits, "logits", (torch.float32,))
+    if logits.dim() != 2 or logits.stride(1) != 1:
+        raise ValueError(f"logits must be contiguous rows, got {_layout(logits)}")
+    for name, x in (("best", best), ("mass", mass), ("floor", floor)):
+        _check(x, name, (logits.shape[0],), torch.float32, logits)
+    _check(is_open, "is_open", (logits.shape[0],), torch.bool, logits)
+    if not floor.is_contiguous():
+        raise ValueError(f"floor must be contiguous, got {_layout(floor)}")
+    _of(logits).widen_nuclei(logits, best, mass, is_open, floor)
+
+
 def _of(x: Tensor) -> Any:
     """The module with the implementations for the tensor's device."""
     return cpu if x.device.type == "cpu" else _cuda()
@@ -339,13 +373,13 @@ def _check_device(x: Tensor, name: str) -> None:
         raise ValueError(f"{name} is on {x.device}; there are kernels for {' and '.join(DEVICES)}")
 
 
-def _check_rows(x: Tensor) -> None:
+def _check_rows(x: Tensor, name: str = "x", dtypes: tuple[torch.dtype, ...] = _FLOATS) -> None:
     """Raise unless x is made of rows on a device that has an implementation."""
-    _check_device(x, "x")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x has dtype {x.dtype}, expected one of {_FLOATS}")
+    _check_device(x, name)
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {x.dtype}, expected one of {dtypes}")
     if not x.dim() or not x.shape[-1]:
-        raise ValueError(f"x must have rows that are not empty, got {_layout(x)}")
+        raise ValueError(f"{name} must have rows that are not empty, got {_layout(x)}")
 
 
 def _check_bytes(x: Tensor, name: str) -> None:

@@ -192,3 +192,24 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
         return x * cos + torch.cat((-high, low), -1) * sin
 
     return turn(q), turn(k)
+
+
+def widen_nuclei(
+    logits: Tensor, best: Tensor, mass: Tensor, is_open: Tensor, floor: Tensor
+) -> None:
+    """Lower the floor of rows that are open to the smallest logit that top-p keeps.
+
+    Args:
+        logits: fp32 `[rows, vocab]`.
+        best, mass: fp32 `[rows]`; the kept logits are those with less than mass above them, in
+            units of `exp(logit - best)`. All of them, if together they have less.
+        is_open: bool `[rows]`.
+        floor: fp32 `[rows]`, written in place.
+    """
+    for row in is_open.nonzero().flatten().tolist():
+        ordered = logits[row].sort(descending=True).values
+        reached = (ordered.double() - best[row].double()).exp().cumsum(0)
+        above = torch.cat([torch.zeros(1), reached[:-1]])
+        kept = ordered[(above < mass[row]) & (ordered > -torch.inf)]
+        has_all = reached[-1] < mass[row]
+        floor[row] = torch.finfo(floor.dtype).min if has_all else kept[-1]

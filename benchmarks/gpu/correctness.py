@@ -70,13 +70,14 @@ def run(setup: Setup) -> dict[str, Any]:
         for kind, lens in steps(rng, setup).items():
             errors[f"{kind}: {shape.name}"] = attention_error(setup, rng, shape, *lens)
     errors |= moving_errors(setup)
+    errors["widen_nuclei"] = nucleus_error(setup)
     bad = [name for name, error in errors.items() if not error <= tolerance_of(name)]
     return {"errors": errors, "wrong": bad}
 
 
 def tolerance_of(name: str) -> float:
     if ":" not in name:
-        return 0.0  # bytes are moved, not computed
+        return 0.0  # bytes are moved and floors are found, not computed
     dtype = next(d for d in TOLERANCES if str(d).removeprefix("torch.") in name.split(", "))
     return TOLERANCES[dtype]
 
@@ -150,6 +151,21 @@ def moving_errors(setup: Setup) -> dict[str, float]:
     ops.scatter_blocks(staging, rows, ids[10:].to(setup.device))
     found["scatter_blocks"] = _unequal(rows[ids[10:].to(setup.device)], staging.cpu())
     return found
+
+
+def nucleus_error(setup: Setup) -> float:
+    """0 if flat rows have floors between the oracle's for a little less and a little more mass."""
+    shape = setup.size((33, 128_256), (5, 1000))
+    logits = torch.rand(shape) * torch.rand(shape[0], 1) * 8
+    best = logits.amax(-1)
+    mass = (logits - best[:, None]).exp().sum(-1) * torch.rand(shape[0]).clamp(0.01, 0.99)
+    is_open = torch.rand(shape[0]) < 0.7
+    low, high, found = best.clone(), best.clone(), best.to(setup.device, copy=True)
+    reference.widen_nuclei(logits, best, mass * 1.00001, is_open, low)
+    reference.widen_nuclei(logits, best, mass * 0.99999, is_open, high)
+    ops.widen_nuclei(*(x.to(setup.device) for x in (logits, best, mass, is_open)), floor=found)
+    is_between = (low <= found.cpu()) & (found.cpu() <= high)
+    return 0.0 if is_between.all() else float("inf")
 
 
 def _unequal(found: Tensor, expected: Tensor) -> float:

@@ -132,6 +132,21 @@ def test_a_wide_nucleus_is_drawn_again_from_the_same_numbers(
         with Waits() as waits:
             results = TorchSampler(3).draw(flat, Plan(rows)).results()
         found.append([[s.token_id for s in result.samples] for result in results])
-        assert waits.names.count("tolist") == (2 if num_candidates == VOCAB else 5)
+        assert waits.names.count("tolist") == (1 if num_candidates == VOCAB else 5)
     assert found[0] == found[1]
     assert all(len(tokens) == 1 for tokens in found[1])
+
+
+def test_where_draws_are_final_a_wide_nucleus_waits_no_second_time(
+    final_draws: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler_module, "_NUCLEUS_CANDIDATES", 2)
+    flat = torch.linspace(0, 1e-2, VOCAB).repeat(4, 1)
+    rows = [make_row(n, top_p=0.9, **({"seed": n} if n % 2 else {})) for n in range(4)]
+    with Waits() as waits:
+        unread = TorchSampler(3).draw(flat, Plan(rows))
+    assert waits.names == [] and final_draws.num_launches == 1
+    with Waits() as waits:
+        results = unread.results()
+    assert waits.names == ["tolist"]
+    assert all(len(result.samples) == 1 for result in results)

@@ -81,6 +81,21 @@ def test_rows(dtype, rng) -> None:
     torch.testing.assert_close([y.cpu() for y in turned], list(reference.rotate(x, x, cos, sin)))
 
 
+def test_wide_nuclei(rng) -> None:
+    logits = torch.randn(3, 700)
+    best = logits.amax(-1)
+    mass = (logits - best[:, None]).exp().sum(-1) * 0.7
+    is_open = torch.tensor([True, False, True])
+    wanted, found = best.clone(), on_device(best.clone())
+    reference.widen_nuclei(logits, best, mass, is_open, wanted)
+    ops.widen_nuclei(*(on_device(x) for x in (logits, best, mass, is_open)), floor=found)
+    weights = (logits - best[:, None]).exp()
+    for row, floors in enumerate(zip(found.cpu(), wanted, strict=True)):
+        masses = [weights[row][logits[row] > floor].sum() for floor in floors]
+        torch.testing.assert_close(*masses, rtol=0.02, atol=0)  # a token more or less
+    assert found[1] == best[1] and (found.cpu()[::2] < best[::2]).all()
+
+
 def test_staging_that_does_not_fit_is_refused() -> None:
     pool = torch.zeros(4, 64, dtype=torch.uint8, device=DEVICE)
     ids = torch.zeros(3, dtype=torch.int64, device=DEVICE)

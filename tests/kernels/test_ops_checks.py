@@ -87,3 +87,24 @@ def test_merge_attention() -> None:
         ops.merge_attention([out, out[:1]], [lse, lse])
     with pytest.raises(TypeError, match=r"lses\[0\]"):
         ops.merge_attention([out], [lse.double()])
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"logits": torch.zeros(2, 9).bfloat16()}, TypeError, "logits has dtype"),
+        ({"logits": torch.zeros(2, 0)}, ValueError, "logits must have rows"),
+        ({"logits": torch.zeros(9, 2).T}, ValueError, "logits must be contiguous rows"),
+        ({"logits": torch.zeros(9)}, ValueError, "logits must be contiguous rows"),
+        ({"best": torch.zeros(3)}, ValueError, "best has shape"),
+        ({"mass": torch.zeros(2).double()}, TypeError, "mass has dtype"),
+        ({"is_open": torch.zeros(2)}, TypeError, "is_open has dtype"),
+        ({"floor": torch.zeros(2, 1)}, ValueError, "floor has shape"),
+        ({"floor": torch.zeros(4)[::2]}, ValueError, "floor must be contiguous"),
+    ],
+)
+def test_widen_nuclei(changes, error, message) -> None:
+    arguments = {name: torch.zeros(2) for name in ("best", "mass", "floor")}
+    arguments |= {"logits": torch.zeros(2, 9), "is_open": torch.zeros(2).bool()}
+    with pytest.raises(error, match=message):
+        ops.widen_nuclei(**arguments | changes)

@@ -73,7 +73,7 @@ def test_what_most_models_launch(tmp_path: Path) -> None:
     found = compile_cases(cases, tmp_path)
     names = {kernel["kernel"] for kernel in found}
     others = {"store_tokens", "copy_words", "norm_rows", "gate_rows", "rotate_heads"}
-    assert names == {"attend", "merge_parts", "merge_segment", *others}
+    assert names == {"attend", "merge_parts", "merge_segment", "widen", *others}
     for kernel in found:
         check(kernel)
         assert not kernel["stack"] and not kernel["local"], kernel  # no register spills

@@ -14,7 +14,7 @@ result does not depend on the order in which a sort leaves ties.
 
 Nothing is read from the device before the results are asked for; until then the next step may take
 its tokens from there, and the logits may be overwritten. On a CPU, where nobody waits, a nucleus
-that is wider than the candidates is looked for again.
+that is wider than the candidates is looked for again; on a GPU a kernel finds it.
 """
 
 from __future__ import annotations
@@ -67,7 +67,6 @@ class _Traits:
         "has_edits",
         "has_grammar",
         "is_greedy",
-        "is_flat",
         "params",
         "wants_prompt",
     )
@@ -83,8 +82,6 @@ class _Traits:
             bool(self.bias or self.allowed) or params.min_tokens > 0 or params.has_penalties
         )
         self.wants_prompt = params.prompt_logprobs is not None
-        # The nucleus may be wider than the candidates.
-        self.is_flat = params.top_p < 1.0 and not 0 < params.top_k <= _NUCLEUS_CANDIDATES
 
 
 @dataclass(slots=True)
@@ -277,11 +274,11 @@ class _Choice:
         return torch.cat(found) if len(found) > 2 else found[-1]
 
     def _draw(self, logits: Tensor) -> Tensor:
-        """Tokens `[len(drawn), width]`. Where a nucleus is wider than the candidates, its rows are
-        drawn again among more of them, with the same uniform numbers."""
+        """Tokens `[len(drawn), width]`. A row that is open, as it may be on a CPU, is drawn again
+        among more candidates, with the same uniform numbers."""
         params, num_candidates = [d.traits.params for d in self.drawn], _NUCLEUS_CANDIDATES
         tokens, is_open = filters.draw(logits, params, self.uniforms, num_candidates)
-        if not any(d.traits.is_flat for d in self.drawn):
+        if not filters.may_stay_open(params, logits.shape[-1], num_candidates, logits.device):
             return tokens
         rows = list(range(len(params)))
         while rows := [i for i, again in zip(rows, HostCopy(is_open).read(), strict=True) if again]:

@@ -1,7 +1,9 @@
 """Temperature, min-p, top-k and top-p, and one draw, for many rows at once.
 
-Nothing here waits for the device: what a row asks for goes there without waiting, and whether the
-candidates that were looked at suffice comes back with the tokens.
+Nothing here waits for the device: what a row asks for goes there without waiting. A nucleus may be
+wider than the candidates that were looked at. On a CPU whether it is comes back with the tokens,
+and the row is drawn again. To read that from a GPU is to wait for it, so there every draw is final:
+a kernel finds what such rows keep before a token is drawn.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tierkv.kernels import ops
 from tierkv.model.inputs import to_device
 
 if TYPE_CHECKING:
@@ -32,6 +35,27 @@ def ids(values: Seq[int], like: Tensor) -> Tensor:
     return to_device(torch.tensor(values, dtype=torch.int64), like.device)
 
 
+def resolves_on_device(device: torch.device) -> bool:
+    """Is every draw final there, however wide its nucleus?"""
+    return device.type == "cuda"
+
+
+def may_stay_open(
+    params: list[SamplingParams], vocab: int, num_candidates: int, device: torch.device
+) -> bool:
+    """Could a row with these parameters have to be drawn again among more candidates?
+
+    Args:
+        params: of rows that are drawn, which greedy ones are not.
+        vocab: logits of a row.
+        num_candidates: as `draw` is given.
+        device: of the logits.
+    """
+    if vocab <= num_candidates or resolves_on_device(device):
+        return False
+    return any(p.top_p < 1.0 and not 0 < p.top_k < vocab for p in params)
+
+
 def draw(
     logits: Tensor, params: list[SamplingParams], uniforms: Tensor, num_candidates: int
 ) -> tuple[Tensor, Tensor]:
@@ -44,7 +68,8 @@ def draw(
         num_candidates: tokens among which a nucleus is looked for, more where top-k has more.
 
     Returns:
-        int64 `[rows, num_samples]`, and bool `[rows]`: the nucleus is wider, the tokens wrong.
+        int64 `[rows, num_samples]`, and bool `[rows]`: the nucleus is wider, the tokens wrong; no
+        row where `resolves_on_device`.
     """
     if any(p.temperature != 1.0 for p in params):
         logits = logits / column([p.temperature for p in params], logits)
@@ -68,10 +93,10 @@ def _filtered(
     if any(p.min_p > 0.0 for p in params):
         share = column([math.log(p.min_p) if p.min_p > 0.0 else NEVER for p in params], scaled)
         scaled = scaled.masked_fill(scaled < scaled.amax(-1, keepdim=True) + share, NEVER)
-    some = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0]
+    vocab = scaled.shape[-1]
+    some = [i for i, p in enumerate(params) if 0 < p.top_k < vocab or p.top_p < 1.0]
     if not some:
         return scaled, is_open
-    vocab = scaled.shape[-1]
     top_k = [params[i].top_k if 0 < params[i].top_k < vocab else vocab for i in some]
     top_p = [params[i].top_p for i in some]
     num = min(vocab, max(num_candidates, *(k for k in top_k if k < vocab), 0))
@@ -98,7 +123,8 @@ def _thresholds(
     weights = (values - best).exp() * is_candidate
     total = weights.sum(-1, keepdim=True)
     is_unlimited = limit > num
-    if any(k > num for k in top_k):
+    has_unlimited = any(k > num for k in top_k)
+    if has_unlimited:
         everything = (scaled.logsumexp(-1, keepdim=True) - best).exp()
         total = torch.where(is_unlimited, everything, total)
     # p = 1 keeps everything, whatever the rounding of the sums says.
@@ -108,4 +134,8 @@ def _thresholds(
     is_kept[:, 1:] &= reached[:, :-1] < mass
     last = is_kept.sum(-1, keepdim=True) - 1
     is_open = (is_unlimited & (reached[:, -1:] < mass)).squeeze(1)
-    return values.gather(1, last), is_open
+    floor = values.gather(1, last)
+    if has_unlimited and resolves_on_device(scaled.device):
+        ops.widen_nuclei(scaled, best.squeeze(1), mass.squeeze(1), is_open, floor.squeeze(1))
+        is_open = torch.zeros_like(is_open)
+    return floor, is_open
