@@ -34,7 +34,7 @@ import torch  # noqa: E402
 from common.machine import describe  # noqa: E402
 from common.runs import RESULTS, print_table  # noqa: E402
 
-from gpu import attention, correctness, engine, limits, moves  # noqa: E402
+from gpu import attention, correctness, engine, limits, moves, small_ops  # noqa: E402
 from gpu.setup import Row, Rows, Setup  # noqa: E402
 
 
@@ -60,6 +60,7 @@ SECTIONS = {
     "moved_bytes": Section(moves.check, moves.check_rows, 10),
     "decode": Section(attention.decode, attention.decode_rows, 40),
     "prefill": Section(attention.prefill, attention.prefill_rows, 40),
+    "small_ops": Section(small_ops.run, small_ops.rows, 40),
     "layout": Section(attention.layout, attention.layout_rows, 20),
     "moves": Section(moves.rates, moves.rates_rows, 30),
     "small_model": Section(engine.small_model, engine.small_model_rows, 40),

@@ -12,7 +12,7 @@ from torch import Tensor
 from tierkv.cache.pools import GpuPool
 from tierkv.errors import ConfigError
 from tierkv.kernels.metadata import warm_up_steps
-from tierkv.kernels.ops import copy_blocks
+from tierkv.kernels.ops import copy_blocks, widen_nuclei
 from tierkv.model.attention import StepContext, current_step
 from tierkv.model.graphs import DecodeBuffers, DecodeGraphs, GraphBackend
 from tierkv.model.inputs import (
@@ -79,6 +79,9 @@ class ModelRunner:
         for meta in warm_up_steps(self.pool.layout.block_size, device):
             zeros = torch.zeros(1, meta.num_tokens, dtype=torch.int64, device=device)
             self.forward(StepInputs(zeros, zeros, meta, zeros[0, :1]))
+        logits = torch.zeros(1, self.loaded.vocab_size, device=device)
+        number = logits[:, 0].clone()  # sampling launches one kernel, for wide nuclei
+        widen_nuclei(logits, number, number, number.bool(), number)
 
     def capture(self, sizes: Sequence[int], max_model_len: int, backend: GraphBackend) -> None:
         """Let steps of decode rows replay graphs from now on, if the model can be captured.
