@@ -56,7 +56,7 @@ class Section:
 SECTIONS = {
     "limits": Section(limits.run, limits.rows, 10),
     "correctness": Section(correctness.run, correctness.rows, 70),
-    "tokens": Section(engine.tokens, engine.tokens_rows, 90),
+    "tokens": Section(engine.tokens, engine.tokens_rows, 130),
     "moved_bytes": Section(moves.check, moves.check_rows, 10),
     "decode": Section(attention.decode, attention.decode_rows, 40),
     "prefill": Section(attention.prefill, attention.prefill_rows, 40),
