@@ -266,6 +266,26 @@ def test_stepped_request_forks_and_advances() -> None:
     assert core.metrics()["gpu_blocks_used"] == 0 and not core.scheduler.requests
 
 
+def test_beams_that_do_not_fit_together_take_turns() -> None:
+    core, _, _ = ledger_engine(num_blocks=6, block_size=4)
+    params = SamplingParams(max_tokens=12, logprobs=4)
+    core.add_request(EngineRequest("beam", prompt_of(7), params, is_stepped=True))
+    (first,) = core.step()
+    beams = {first.seq_id, core.fork(first.seq_id, 11), core.fork(first.seq_id, 12)}
+    core.advance(first.seq_id, 13)
+    for token in range(20, 30):
+        heard: set[int] = set()
+        for _ in range(40):
+            if core.has_work:
+                heard |= {o.seq_id for o in core.step()}
+                core.check()
+        assert heard == beams
+        for seq_id in beams:
+            core.advance(seq_id, token)
+    core.abort(["beam"])
+    assert core.metrics()["gpu_blocks_used"] == 0
+
+
 def test_window_frees_blocks_behind_it_and_still_reuses() -> None:
     core, _, _ = ledger_engine(num_blocks=12, block_size=4, window=8, max_num_batched_tokens=16)
     add(core, "a", prompt_of(120), 40)  # 160 tokens through a pool of 48

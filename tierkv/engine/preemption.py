@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tierkv.cache.tiered_cache import TieredCache
 from tierkv.engine.request import SeqState, Sequence
 from tierkv.engine.waiting import WaitingQueue
+from tierkv.errors import InvariantError
 from tierkv.metrics import Metrics
 from tierkv.policies.load import LoadPolicy
 from tierkv.policies.preemption import Mode, PreemptionPolicy, PreemptionView
@@ -96,6 +97,19 @@ class Preemptor:
                 can_progress += remaining == 1 or blocks <= available
                 is_stuck = 1
         return need <= available and bool(can_progress or not is_stuck)
+
+    def end_standstill(self) -> None:
+        """Nothing could be planned and nothing is under way: of the sequences that wait for their
+        caller's next token, one makes room for those that wait for room.
+
+        Raises:
+            InvariantError: a sequence that runs could have gone on.
+        """
+        if any(seq.num_to_compute for seq in self._running.values()):
+            raise InvariantError("sequences are runnable but none can be planned")
+        paused = [self._running_view(s) for s in self._running.values() if s.is_paused]
+        if paused and any(not seq.is_paused for seq in self._waiting):
+            self.preempt(self._running[self._policies.victim.choose(paused)])
 
     def take_turns(self) -> None:
         """When someone was kept out for lack of room: whoever has had its time slice makes some.

@@ -161,8 +161,8 @@ class Scheduler:
                 self._loader.prefetch(self.waiting, self._num_spare())
             else:
                 self.cache.prefetcher.forget()
-        if plan.is_empty and not self._num_in_flight and self._is_stuck():
-            raise InvariantError("sequences are runnable but none can be planned")
+        if plan.is_empty and not self._num_in_flight and not self.cache.has_moves:
+            self.preemptor.end_standstill()
         self._num_in_flight += 0 if plan.is_empty else 1
         self._copies = self.cache.copies.take()
         plan.copies = self._copies.copies
@@ -170,11 +170,6 @@ class Scheduler:
             raise InvariantError("blocks are to be copied by a step that will not run")
         plan.moves = self.cache.take_moves()
         return plan
-
-    def _is_stuck(self) -> bool:
-        if self.cache.has_moves:
-            return False  # what waits for room or for blocks waits for a move
-        return any(seq.num_to_compute for seq in self.running.values())
 
     def _start_loaded(self) -> None:
         """LOADING -> RUNNING for sequences that wait for nothing any more."""
