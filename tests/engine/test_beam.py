@@ -120,6 +120,7 @@ def test_streams_go_on_beside_a_search(llm: LLM) -> None:
         ({"beam_width": 2, "max_tokens": 0}, "max_tokens"),
         ({"beam_width": 2, "temperature": 0.5}, "temperature"),
         ({"beam_width": 2, "length_penalty": float("nan")}, "length_penalty"),
+        ({"beam_width": 2, "length_penalty": "1"}, "length_penalty"),
     ],
     ids=repr,
 )
@@ -133,9 +134,12 @@ def test_bad_parameters(values: dict[str, Any], name: str) -> None:
     ("prompts", "width"), [([[5], [VOCAB_SIZE]], 2), ([[5], "text"], 2), ([[5]], 300), ([[5]], 600)]
 )
 def test_a_refused_search_leaves_nothing(llm: LLM, prompts: Any, width: int) -> None:
-    with pytest.raises(RequestError):
+    num_steps = llm.metrics()["steps"]
+    with pytest.raises(RequestError) as caught:
         llm.beam_search(prompts, BeamSearchParams(beam_width=width))
+    assert width == 2 or f"beam_width={width}:" in str(caught.value)
     metrics = llm.metrics()
+    assert metrics["steps"] == num_steps
     assert (metrics["running"], metrics["waiting"], metrics["gpu_blocks_used"]) == (0, 0, 0)
     assert llm.beam_search([[5]], BeamSearchParams(beam_width=2, max_tokens=2))
 

@@ -56,8 +56,9 @@ class BeamSearchParams:
         if self.temperature != 0.0:
             fix = "beam search does not sample: leave it at 0"
             raise RequestError("temperature", self.temperature, fix)
-        if not -100.0 <= self.length_penalty <= 100.0:
-            raise RequestError("length_penalty", self.length_penalty, "must be in [-100, 100]")
+        penalty = self.length_penalty
+        if not isinstance(penalty, (int, float)) or not -100.0 <= penalty <= 100.0:
+            raise RequestError("length_penalty", penalty, "must be a number in [-100, 100]")
 
 
 @dataclass(slots=True)

@@ -10,10 +10,10 @@ import dataclasses
 
 from tierkv.engine import results
 from tierkv.engine.beam import BeamSearch
+from tierkv.engine.capacity import check_parallel
 from tierkv.engine.core import EngineCore, EngineRequest
 from tierkv.engine.outputs import SequenceOutput
 from tierkv.engine.request import Request
-from tierkv.errors import RequestError
 from tierkv.types import FinishReason
 
 
@@ -33,8 +33,7 @@ class BeamRunner:
         """
         assert request.beam is not None
         limit = self._engine.scheduler.max_num_seqs
-        if request.beam.beam_width > limit:
-            raise RequestError("beam_width", request.beam.beam_width, f"must be at most {limit}")
+        check_parallel("beam_width", request.beam.beam_width, limit)
         info, ids = self._engine.info, request.prompt_token_ids
         room = max(1, info.max_model_len - len(ids))
         search = BeamSearch(

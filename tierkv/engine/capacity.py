@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tierkv.cache.tiered_cache import TieredCache
 from tierkv.engine.request import Request
-from tierkv.errors import CapacityError
+from tierkv.errors import CapacityError, RequestError
 
 
 def check_capacity(request: Request, cache: TieredCache, chunk: int) -> None:
@@ -30,3 +30,20 @@ def check_capacity(request: Request, cache: TieredCache, chunk: int) -> None:
             f"{cache.block_size} tokens, the pool has {cache.num_blocks}: shorten "
             "the prompt, lower max_tokens, or give the pool more memory",
         )
+
+
+def check_parallel(field: str, wanted: int, limit: int) -> None:
+    """Refuse more sequences than run at once.
+
+    Args:
+        field: of the request that asks for them.
+        wanted: how many.
+        limit: the scheduler's.
+
+    Raises:
+        RequestError: says what the limit comes from.
+    """
+    if wanted > limit:
+        fix = f"must be at most {limit}, the sequences that run at once: lower it, or raise"
+        fix += " max_num_seqs, the pool's blocks or max_num_batched_tokens, whichever is least"
+        raise RequestError(field, wanted, fix)

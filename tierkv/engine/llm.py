@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from tierkv.config import EngineConfig
 from tierkv.engine.beam import BeamSearch, BeamSearchOutput, BeamSearchParams
+from tierkv.engine.capacity import check_parallel
 from tierkv.engine.core import EngineCore
 from tierkv.engine.inputs import (
     InputProcessor,
@@ -123,8 +124,9 @@ class LLM:
         """The `beam_width` most likely continuations of each prompt, best first.
 
         Raises:
-            RequestError: a bad prompt; nothing has run then.
+            RequestError: a bad prompt, or more beams than run at once; nothing has run then.
         """
+        check_parallel("beam_width", params.beam_width, self._engine.scheduler.max_num_seqs)
         searches: dict[str, BeamSearch] = {}
         eos = frozenset(self.info.eos_token_ids)
         try:

@@ -15,7 +15,7 @@ from tierkv.cache.copies import CopyBatch
 from tierkv.cache.shares import HeldBlocks
 from tierkv.cache.tiered_cache import Lookup, Match, TieredCache
 from tierkv.engine import results
-from tierkv.engine.capacity import check_capacity
+from tierkv.engine.capacity import check_capacity, check_parallel
 from tierkv.engine.loading import Loader
 from tierkv.engine.outputs import SequenceOutput
 from tierkv.engine.plan import Plan, PlanRow
@@ -101,8 +101,7 @@ class Scheduler:
         """
         if request.request_id in self.requests:
             raise RequestError("request_id", request.request_id, "is in use by a live request")
-        if request.params.n > self.max_num_seqs:
-            raise RequestError("n", request.params.n, f"must be at most {self.max_num_seqs}")
+        check_parallel("n", request.params.n, self.max_num_seqs)
         check_capacity(request, self.cache, self.max_num_batched_tokens)
         seq = Sequence(next(self._seq_ids), request, 0, list(request.prompt_token_ids))
         request.sequences.append(seq)
@@ -477,8 +476,7 @@ class Scheduler:
         """
         self._require_paused(seq)
         live = sum(s.state is not SeqState.FINISHED for s in seq.request.sequences)
-        if live >= self.max_num_seqs:
-            raise RequestError("beam_width", live + 1, f"must be at most {self.max_num_seqs}")
+        check_parallel("beam_width", live + 1, self.max_num_seqs)
         child = self._fork(seq, seq.num_computed)
         child.token_ids.append(token_id)
         return child
