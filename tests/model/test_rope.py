@@ -67,3 +67,13 @@ def test_long_factors_that_cannot_be_fixed(directory: Path) -> None:
     loaded = load_tiny(directory)
     with pytest.raises(ConfigError, match=r"max_model_len=1000.*64"):
         rope.fix_length(torch.nn.Linear(1, 1), loaded.config, 1000)
+
+
+def test_factors_made_anew_at_every_forward_are_refused(tmp_path: Path) -> None:
+    """PhiMoE's module scales all positions by the longest, and does not read its buffer."""
+    scales = {"short_mscale": 1.1, "long_mscale": 1.9}
+    values = {"rope_parameters": LONGROPE | scales, "original_max_position_embeddings": 64}
+    directory = save_model("phimoe", tmp_path, **values)
+    assert load_tiny(directory).max_model_len == 64
+    with pytest.raises(ConfigError, match=r"max_model_len=1000.*64"):
+        load_tiny(directory, max_model_len=1000)

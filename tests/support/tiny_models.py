@@ -109,6 +109,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
         num_experts_per_tok=2,
         moe_intermediate_size=48,
     ),
+    "phimoe": _config("PhimoeConfig", num_local_experts=4, sliding_window=None),
     "stablelm": _config("StableLmConfig"),
     "cohere": _config("CohereConfig", logit_scale=0.25),
     "cohere2": _config("Cohere2Config", sliding_window=8, num_hidden_layers=4),

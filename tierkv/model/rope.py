@@ -43,18 +43,27 @@ def fix_length(model: nn.Module, config: Any, wanted: int | None) -> int:
         for module in modules:  # or every forward would ask the device for the longest position
             module.rope_type = _SHORT
         return length
-    if not modules:
+    if not modules or not all(_fix_long(module, length) for module in modules):
         raise ConfigError("max_model_len", wanted, f"beyond {length} its rotary factors vary")
-    for module in modules:
-        _fix_long(module, length)
     logger.warning("long rotary factors hold for every sequence, short ones too")
     return int(facts.text_config(config).max_position_embeddings)
 
 
-def _fix_long(module: Any, original: int) -> None:
-    """Write the long factors into the module, which no longer looks like one that switches."""
+def _fix_long(module: Any, original: int) -> bool:
+    """Write the long factors into the module, which no longer looks like one that switches.
+
+    False if that does not settle its rotation: some modules make their frequencies anew at every
+    forward, or scale by the longest position (PhiMoE's do both).
+    """
     make = ROPE_INIT_FUNCTIONS["longrope"]
     frequencies, _ = make(module.config, module.inv_freq.device, seq_len=original + 1)
-    with torch.no_grad():
-        module.inv_freq.copy_(frequencies)
     module.rope_type = _FIXED
+    with torch.no_grad():
+        still = module.inv_freq.zero_()
+        near, far = (
+            module(still[None, None], position_ids=still.new_tensor([[1, last]], dtype=torch.int64))
+            for last in (2, original + 1)
+        )
+        is_settled = torch.equal(near[0], far[0]) and not near[1].any() and not far[1].any()
+        module.inv_freq.copy_(frequencies)
+    return is_settled
