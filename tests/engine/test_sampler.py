@@ -240,6 +240,13 @@ def test_extreme_values_stay_finite() -> None:
     assert tokens_of(sample(TorchSampler(), logits, seqs)) == [[6], [9], [8], [6]]
 
 
+def test_a_bias_against_all_that_is_allowed_leaves_it_allowed() -> None:
+    params: dict[str, Any] = {"allowed_token_ids": [6, 7], "logit_bias": {6: -math.inf, 7: -1e38}}
+    seqs = [make_seq([1], temperature=t, seed=3, **params) for t in (0.0, 1.0, 1e-4)]
+    drawn = tokens_of(sample(TorchSampler(), torch.zeros(3, VOCAB), seqs))
+    assert {token for row in drawn for token in row} <= {6, 7}
+
+
 def test_min_tokens_forbids_every_stop_until_reached() -> None:
     logits = torch.zeros(1, VOCAB)
     logits[0, EOS], logits[0, 11], logits[0, 12] = 9.0, 8.0, 7.0

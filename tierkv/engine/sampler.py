@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 _NUCLEUS_CANDIDATES = 256  # a nucleus is nearly always smaller; the rest pays for a full sort
 _MIN_TEMPERATURE = 1e-5
 _NO_NUMBERS = torch.empty(0, 0, dtype=torch.float64)
-_LARGEST_BIAS = 1e30  # instead of +inf, which has no softmax
+_LARGEST_BIAS = 1e30  # instead of infinity: a row of nothing else has no softmax
 
 
 def uniform(seed: int, index: int, position: int) -> float:
@@ -242,7 +242,8 @@ class TorchSampler:
         entries = [(d.at, t, v) for d in draws for t, v in d.traits.bias if t < vocab]
         if entries:
             rows, tokens, values = zip(*entries, strict=True)
-            bias = _column([min(v, _LARGEST_BIAS) for v in values], edited).squeeze(1)
+            bounded = [max(-_LARGEST_BIAS, min(v, _LARGEST_BIAS)) for v in values]
+            bias = _column(bounded, edited).squeeze(1)
             edited.index_put_((_ids(rows, edited), _ids(tokens, edited)), bias, accumulate=True)
 
 
