@@ -16,7 +16,7 @@ from tiny_models import save_config, save_model
 from transformers import AutoModelForCausalLM
 
 from tierkv import LLM, SamplingParams
-from tierkv.errors import ConfigError, RequestError, UnsupportedModelError
+from tierkv.errors import ConfigError, EngineDeadError, RequestError, UnsupportedModelError
 
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
@@ -113,6 +113,15 @@ def test_parallel_samples(llm: LLM) -> None:
     assert len({tuple(c.token_ids) for c in alone[0].outputs}) == 4
     assert texts(alone)[0] == texts(beside)[1]  # a seed does not depend on the batch
     assert texts(alone) != texts(run(llm, TEXT, SamplingParams(n=4, seed=8, max_tokens=10)))
+
+
+@pytest.mark.parametrize("offload", [None, "cpu=4MiB"])
+def test_a_closed_engine_says_so(text_model: Path, offload: str | None) -> None:
+    closed = LLM(str(text_model), num_gpu_blocks=32, num_threads=1, offload=offload)
+    closed.close()
+    with pytest.raises(EngineDeadError, match="closed"):
+        run(closed, TEXT)
+    closed.close()
 
 
 def test_priorities_are_taken(llm: LLM) -> None:

@@ -280,8 +280,11 @@ class EngineCore:
         """Check and queue a request. Compiles its grammar, if it needs one and none is given.
 
         Raises:
-            RequestError: bad prompt, grammar or id; CapacityError: it could never fit.
+            RequestError: bad prompt, grammar or id; CapacityError: it could never fit;
+                EngineDeadError: the engine was closed.
         """
+        if not self._close_tiers.alive:
+            raise EngineDeadError("the engine was closed: make a new one")
         self._check_prompt(request.prompt_token_ids)
         live = Request(
             request.request_id,
