@@ -11,7 +11,7 @@ import transformers
 from tiny_models import REFUSED
 from transformers import AutoModelForCausalLM, BloomConfig, GenerationConfig, LlamaConfig
 
-from tierkv.errors import UnsupportedModelError
+from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.model import facts
 
 
@@ -78,6 +78,13 @@ def test_eos_tokens(
     assert facts.eos_token_ids(LlamaConfig(eos_token_id=config), tmp_path) == ids
     if generation is None:
         assert facts.eos_token_ids(LlamaConfig(eos_token_id=config), None) == ids
+
+
+@pytest.mark.parametrize("ends", [3.0, "</s>", [2, "3"], {"id": 2}])
+def test_eos_tokens_that_are_none(ends: Any, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(ConfigError, match="eos_token_id"):
+        facts.eos_token_ids(LlamaConfig(), tmp_path)
 
 
 def test_eos_tokens_that_came_with_the_weights() -> None:

@@ -74,6 +74,9 @@ def eos_token_ids(
         config: the model's config, asked last.
         directory: where `generation_config.json` may lie, asked first.
         generation_config: what transformers loaded beside the weights (a hub model's).
+
+    Raises:
+        ConfigError: they are no token ids.
     """
     found: Any = None
     if directory is not None and (directory / "generation_config.json").is_file():
@@ -81,9 +84,11 @@ def eos_token_ids(
     for source in (generation_config, text_config(config), config):
         if found is None:
             found = getattr(source, "eos_token_id", None)
-    if found is None:
-        return frozenset()
-    return frozenset([found] if isinstance(found, int) else found)
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(token_id, int) for token_id in ids):
+        fix = "must be token ids: correct the model's generation_config.json or config.json"
+        raise ConfigError("eos_token_id", found, fix)
+    return frozenset(ids)
 
 
 def _read_object(path: Path) -> dict[str, Any]:
