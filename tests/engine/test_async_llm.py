@@ -18,7 +18,14 @@ from typing import Any
 import pytest
 from text_models import VOCAB_SIZE
 
-from tierkv import LLM, AsyncLLM, CompletionOutput, RequestOutput, SamplingParams
+from tierkv import (
+    LLM,
+    AsyncLLM,
+    BeamSearchParams,
+    CompletionOutput,
+    RequestOutput,
+    SamplingParams,
+)
 from tierkv.errors import ConfigError, EngineDeadError, RequestError
 from tierkv.types import PositionLogprobs
 
@@ -241,6 +248,21 @@ def test_refusals_keep_their_type_and_the_engine_goes_on(llm: AsyncLLM) -> None:
         assert (await refused([2**70])).field == "request"
         assert (await refused("a", SamplingParams(n=1000))).field == "n"
         assert len((await good).outputs[0].token_ids) == 200
+
+    run(llm, test)
+
+
+def test_a_search_gives_as_many_results_as_it_has_beams(llm: AsyncLLM) -> None:
+    search = BeamSearchParams(beam_width=3, max_tokens=4)
+
+    async def test() -> None:
+        beside = asyncio.ensure_future(last(llm.generate(TEXT, LONG)))
+        for n in (1, 4):
+            with pytest.raises(RequestError, match=rf"n={n}: .* 3"):
+                await last(llm.generate(TEXT, SamplingParams(n=n), beam_search=search))
+        found = await last(llm.generate(TEXT, SamplingParams(n=3), beam_search=search))
+        assert len({tuple(sample.token_ids) for sample in found.outputs}) == 3
+        assert (await beside).outputs[0].finish_reason == "length"
 
     run(llm, test)
 

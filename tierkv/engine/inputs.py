@@ -193,6 +193,9 @@ class InputProcessor:
     ) -> EngineRequest:
         """Tokenise and check one request."""
         self._check_params(params)
+        if prompt.beam is not None and params.n != prompt.beam.beam_width:
+            fix = f"must be the width of the beam search, {prompt.beam.beam_width}"
+            raise RequestError("n", params.n, fix)
         _check_unicode("request_id", request_id)
         _check_unicode("cache_salt", prompt.cache_salt)
         is_integer = isinstance(priority, int) and not isinstance(priority, bool)
