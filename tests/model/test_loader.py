@@ -201,6 +201,17 @@ def test_a_missing_weight_is_not_made_up(tmp_path: Path) -> None:
         load_tiny(tmp_path)
 
 
+def test_weights_without_a_place_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_model("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    load_tiny(tmp_path)
+    (told,) = [r.getMessage() for r in caplog.records if r.name == "tierkv.model.loader"]
+    assert told.startswith("9 weights in its files have no place (model.layers.2.")
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [

@@ -235,7 +235,7 @@ def _dummy(
 
 
 def _check_weights(config: EngineConfig, info: dict[str, Any]) -> None:
-    """Refuse a model some of whose weights were made up."""
+    """Refuse a model some of whose weights were made up; say which of its files' go unused."""
     missing, mismatched = sorted(info["missing_keys"]), sorted(info["mismatched_keys"])
     if missing:
         fix = f"its files lack {len(missing)} weights ({', '.join(missing[:3])}, ...)"
@@ -247,6 +247,9 @@ def _check_weights(config: EngineConfig, info: dict[str, Any]) -> None:
             f"({name} is {list(found)}, not {list(wanted)})"
         )
         raise ConfigError("model", config.model, fix)
+    if unused := sorted(info["unexpected_keys"]):
+        names = ", ".join(unused[:3])
+        logger.warning("%d weights in its files have no place (%s, ...)", len(unused), names)
 
 
 def _vocab_size(model: PreTrainedModel) -> int:
