@@ -40,6 +40,7 @@ def test_throughput(tmp_path: Path) -> None:
         assert ratio == pytest.approx(seconds[system] / seconds["tierkv"], rel=0.05)
 
 
+@pytest.mark.full
 def test_prefix_reuse(tmp_path: Path) -> None:
     result = run("prefix_reuse", tmp_path)
     shared = result["shared_prefix"]
@@ -72,6 +73,7 @@ def test_block_size(tmp_path: Path) -> None:
     assert (tmp_path / "block_size.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.full
 def test_overhead(tmp_path: Path) -> None:
     result = run("overhead", tmp_path, "--folder", str(tmp_path / "device"))
     roomy, tight = result["pools"]["roomy"]["cpu,nvme"], result["pools"]["tight"]["cpu,nvme"]
@@ -104,6 +106,7 @@ def test_window(tmp_path: Path) -> None:
     assert result["bytes"] > 0
 
 
+@pytest.mark.full
 def test_http_overhead(tmp_path: Path) -> None:
     result = run("http_overhead", tmp_path)
     http, own = (result["systems"][name] for name in ("HTTP", "in process"))

@@ -327,6 +327,7 @@ def test_a_lost_connection_is_told_and_mended(browser: Any, servable: Path) -> N
     context.close()
 
 
+@pytest.mark.full
 def test_a_server_with_watchers_ends_at_once(servable: Path) -> None:
     with running_server(str(servable), *SMALL, "--shutdown-timeout", "60") as server:
         seen: list[str] = []

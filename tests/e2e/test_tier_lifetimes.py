@@ -52,7 +52,10 @@ def options(store: Path, **more: Any) -> dict[str, Any]:
     return {"offload": "cpu=4MiB,nvme=64MiB", "nvme_path": str(store), **small, **more}
 
 
-@pytest.mark.parametrize("is_closed", [True, False], ids=["closed", "dropped"])
+@pytest.mark.parametrize(
+    "is_closed",
+    [pytest.param(True, id="closed"), pytest.param(False, id="dropped", marks=pytest.mark.full)],
+)
 def test_nothing_is_left_of_many_engines(is_closed: bool, servable: Path, tmp_path: Path) -> None:
     """Also of those that nobody closed: the next one can have the store."""
     seen: list[tuple[int, int]] = []

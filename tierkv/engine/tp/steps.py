@@ -67,6 +67,10 @@ class TokenWindow:
     def __init__(self, start: int, tokens: list[int]) -> None:
         self._start, self._tokens = start, tokens
 
+    def __len__(self) -> int:
+        """Tokens of the sequence as far as they are known."""
+        return self._start + len(self._tokens)
+
     def __getitem__(self, where: int | slice) -> int | list[int]:
         if isinstance(where, int):
             return self._tokens[where - self._start]
