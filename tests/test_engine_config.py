@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tierkv.config import EngineConfig
+from tierkv.config import EngineConfig, per_tier
 from tierkv.errors import ConfigError
 
 
@@ -35,6 +35,12 @@ def test_wrong_types_name_the_option(option: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
         EngineConfig(**{option: value})
     assert caught.value.option == option
+
+
+@pytest.mark.parametrize("text", ["lru,gpu=fifo", "lru,fifo,gpu=lru,cpu=sieve", "gpu=lru,gpu=lru"])
+def test_a_policy_beside_those_of_tiers_is_not_dropped(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"gpu twice|one policy, or tier=policy"):
+        per_tier("eviction_policy", EngineConfig(eviction_policy=text))
 
 
 def test_a_path_is_a_model() -> None:

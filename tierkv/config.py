@@ -257,10 +257,10 @@ def per_tier(name: str, config: EngineConfig) -> dict[TierName, str]:
             found[tier] = part.strip().removeprefix(prefix)
         elif tier is not None:
             found[tier] += f",{part}"  # a further parameter of that tier's policy
-        elif found:
-            raise ConfigError(name, text, "give one policy, or tier=policy for each tier")
     if not found:
         return dict.fromkeys(TierName, text)
+    if not text.strip().startswith(tuple(names)):
+        raise ConfigError(name, text, "give one policy, or tier=policy for each tier")
     default = next(f.default for f in dataclasses.fields(config) if f.name == name)
     return {t: found.get(t, str(default)) for t in TierName}
 
