@@ -60,8 +60,8 @@ class BeladyPolicy(LeafQueues):
     def __init__(self, next_use: Callable[[Key], float] | None = None) -> None:
         if next_use is None:
             raise ValueError(
-                "belady needs the future: make it with next_use=Future(requests).next_use; "
-                "only a simulator can"
+                "belady needs the future: `tierkv simulate` has it as the optimum, beside any "
+                "policy; in code, make it with next_use=Future(requests).next_use"
             )
         super().__init__()
         self._next_use = next_use

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,11 @@ def test_a_trace_with_a_typo_gives_a_message_and_a_result(
     assert "29 requests ended" in out and "1 bad lines of the trace were skipped" in out
 
 
+def test_too_many_bad_lines_end_it(foreign: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "simulate", "--trace", foreign, "--max-bad-lines", "0")
+    assert status == 2 and "over 0 bad lines" in err
+
+
 def test_results_are_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for name in ("a", "b"):
@@ -63,6 +69,16 @@ def test_results_are_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixtur
     outcomes = json.loads(texts[0])["outcomes"]
     assert [o["case"]["eviction_policy"] for o in outcomes] == ["lru", "sieve"]
     assert all(0 < o["hit_rate"] <= o["optimum_hit_rate"] + 0.05 for o in outcomes)
+
+
+def test_missing_plots_are_told_before_the_study(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    status, out, err = run(capsys, "simulate", *SMALL, "--out", str(tmp_path))
+    assert status == 2 and not out and "--no-plots" in err
+    status, out, _ = run(capsys, "simulate", *SMALL, "--out", str(tmp_path), "--no-plots")
+    assert status == 0 and "written: " in out
 
 
 def test_a_baseline_runs_beside(capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,6 +108,18 @@ def test_processes_change_no_result() -> None:
     assert lru.optimum_hit_rate > lru.measures.hit_rate
 
 
+def test_a_study_of_no_requests_says_what_they_are_too_long_for() -> None:
+    small = Study(SOURCE, cases(Choices([("a", {GPU: 300}), ("b", {GPU: 3})])))
+    with pytest.raises(ConfigError, match=r"gpu=3blocks.*none of the 60 requests fits into 49 tok"):
+        run_study(small, jobs=1)
+    short = Study(
+        SOURCE,
+        make_cases(SHAPE, HARDWARE, 16, Choices([("a", {GPU: 300})]), {}, Load(max_tokens=7)),
+    )
+    with pytest.raises(ConfigError, match=r"tiny.*into 7 tokens.*--no-context-limit"):
+        run_study(short, jobs=1)
+
+
 def test_an_error_in_a_process_is_the_users() -> None:
     study = Study(SOURCE, cases(Choices([("a", {GPU: 50})], {"eviction_policy": ["lru", "none"]})))
     with pytest.raises(ConfigError, match="eviction_policy"):
@@ -125,7 +137,7 @@ def test_larger_blocks_have_the_ids_of_their_last(found: list[Run], factor: int)
 
 
 def test_blocks_cannot_become_smaller() -> None:
-    with pytest.raises(ConfigError, match="multiple"):
+    with pytest.raises(ConfigError, match="coarsen=24: must be a multiple"):
         coarsen(Trace("t", 16, lambda: iter([])), 24)
 
 

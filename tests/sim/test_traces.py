@@ -118,6 +118,8 @@ def test_ids_of_contents_become_ids_of_prefixes(tmp_path: Path) -> None:
     ids = [block for r in found for block in r.block_ids()]
     assert len(set(ids)) == 5 and found[0].block_ids()[0] == found[2].block_ids()[0]
     assert not problems
+    _, problems = read(written(tmp_path, [MOONCAKE, *records[:1]]))
+    assert "--chain-ids" in str(problems[0])
 
 
 def test_gzip_limit_and_reading_again(tmp_path: Path) -> None:

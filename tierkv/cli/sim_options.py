@@ -45,7 +45,7 @@ class LabOptions:
     coarsen: int | None = option(
         None, "simulate larger blocks of so many tokens, a multiple of the trace's: faster"
     )
-    most_problems: int = option(MOST_PROBLEMS, "bad lines that a trace may have; they are skipped")
+    max_bad_lines: int = option(MOST_PROBLEMS, "bad lines that a trace may have; they are skipped")
     slo_ttft: float = option(10.0, "seconds until the first token that a good request takes")
     slo_tpot: float = option(0.1, "seconds per further token that a good request takes")
     kv_hints: bool = option(True, "requests tell their session and what their answer is for")
@@ -113,7 +113,7 @@ def read_setting(options: LabOptions, read: ReadOptions) -> Setting:
         read,
         options.requests,
         options.coarsen,
-        options.most_problems,
+        options.max_bad_lines,
         read.seed,
     )
     problems = _Problems()

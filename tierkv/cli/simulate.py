@@ -25,7 +25,7 @@ from tierkv.cli.sim_options import (
 from tierkv.config import option
 from tierkv.errors import ConfigError
 from tierkv.sim.cases import BASELINES, Choices, make_cases
-from tierkv.sim.plots import write_plots
+from tierkv.sim.plots import find_pyplot, write_plots
 from tierkv.sim.sizes import parse_tiers
 from tierkv.sim.study import Outcome, Study, run_study
 from tierkv.sim.trace_formats import ReadOptions
@@ -191,6 +191,8 @@ def run(namespace: argparse.Namespace) -> int:
     folder = Path(options.out).expanduser() if options.out is not None else None
     if folder is not None:
         make_folder(folder)
+        if options.plots:
+            find_pyplot()
     setting = read_setting(options, ReadOptions(**read))
     study = make_study(options, setting)
     if not options.json:

@@ -23,7 +23,7 @@ def coarsen(trace: Trace, block_size: int) -> Trace:
     factor, rest = divmod(block_size, trace.block_size)
     if rest or factor < 1:
         fix = f"must be a multiple of the trace's {trace.block_size}: its ids stand for so many"
-        raise ConfigError("block_size", block_size, fix)
+        raise ConfigError("coarsen", block_size, fix)
     if factor == 1:
         return trace
 

@@ -20,7 +20,7 @@ def write_plots(outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
     Raises:
         ConfigError: matplotlib is missing.
     """
-    figure = _pyplot()
+    figure = find_pyplot()
     plots: dict[str, Callable[[Any, Sequence[Outcome]], bool]] = {
         "hit_rate": _hit_rate,
         "ttft": _ttft,
@@ -37,7 +37,12 @@ def write_plots(outcomes: Sequence[Outcome], folder: Path) -> list[Path]:
     return written
 
 
-def _pyplot() -> Any:
+def find_pyplot() -> Any:
+    """What makes a figure.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+    """
     try:
         import matplotlib
     except ImportError:

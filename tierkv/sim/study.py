@@ -21,12 +21,14 @@ from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+from tierkv.errors import ConfigError
 from tierkv.sim.instant import Foreseen, optimum
 from tierkv.sim.machine import Machine
 from tierkv.sim.measures import Measures, Slo
 from tierkv.sim.replay import Load, replay
 from tierkv.sim.source import Source
 from tierkv.sim.trace import Trace, TraceRequest
+from tierkv.types import TierName
 
 LRU = "lru"
 _TELL_EACH = 16  # requests
@@ -128,6 +130,7 @@ def run_study(study: Study, jobs: int, progress: Progress | None = None) -> list
     results = run_tasks(tasks, jobs, progress)
     optima = results.pop() if capacities else {}
     outcomes = [Outcome(case, found) for case, found in zip(cases, results, strict=True)]
+    _check_not_empty(outcomes)
     for outcome in outcomes:
         outcome.optimum_hit_rate = optima.get(outcome.case.num_blocks)
     _compare(outcomes)
@@ -144,6 +147,20 @@ def same_requests(cases: Iterable[Case]) -> list[Case]:
         dataclasses.replace(case, load=dataclasses.replace(case.load, max_tokens=most))
         for case in found
     ]
+
+
+def _check_not_empty(outcomes: Sequence[Outcome]) -> None:
+    """Raise ConfigError if the requests were left out, all of them."""
+    if not outcomes or outcomes[0].measures.num_requests:
+        return
+    num_excluded, most = outcomes[0].measures.num_excluded, outcomes[0].case.load.max_tokens or 0
+    smallest = min((outcome.case.machine for outcome in outcomes), key=lambda m: m.max_tokens)
+    fix = f"none of the {num_excluded:,} requests fits into {most:,} tokens"
+    if smallest.max_tokens == most:
+        pool = f"gpu={smallest.blocks[TierName.GPU]}blocks"
+        raise ConfigError("tiers", pool, f"{fix}, the smallest pool: give it more")
+    fix = f"{fix}, the model's context: take another model, or --no-context-limit"
+    raise ConfigError("model", smallest.shape.name, fix)
 
 
 def _compare(outcomes: Sequence[Outcome]) -> None:

@@ -151,7 +151,7 @@ class IdsFormat(Format):
         if self.options.chain_ids:
             ids = fields.chained(ids)
         elif len(set(ids)) < len(ids):
-            fix = "an id occurs twice, so it names no prefix: chain_ids makes it one"
+            fix = "an id occurs twice, so it names no prefix: --chain-ids makes it one"
             raise BadLine("hash_ids", f"<{len(value)} ids>", fix)
         return fields.runs_of(ids)
 

@@ -254,7 +254,7 @@ class _Parents:
         for first, count in runs:
             if self._parents.get(first, parent) != parent:
                 found = "the first block" if parent is None else f"block {parent}"
-                fix = "an id stands for one prefix: chain_ids, if ids are of contents only"
+                fix = "an id stands for one prefix: --chain-ids, if ids are of contents only"
                 raise BadLine("hash_ids", f"{first} after {found}", fix)
             pairs.append((first, parent))
             parent = first + count - 1
