@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 INDEX_NAME = "index.sqlite"
 INDEX_FILES = (INDEX_NAME, f"{INDEX_NAME}-wal", f"{INDEX_NAME}-shm")
 
+_SICK = (sqlite3.Error, ValueError)
+"""Raised over a damaged file, whose bytes in SQLite's own messages may be no text either."""
+
 _TRANSACTION_ROWS = 1000
 """Bounds the write-ahead log."""
 
@@ -44,6 +47,12 @@ CREATE TABLE IF NOT EXISTS blocks (
 );
 CREATE TABLE IF NOT EXISTS seal (session INTEGER, generation INTEGER, num_blocks INTEGER);
 """
+
+# By name: a damaged schema may have other columns.
+_SELECT_BLOCKS = (
+    "SELECT slot, key, parent, tokens, generation, hits, last_use, checksum FROM blocks"
+)
+_SELECT_SEAL = "SELECT session, generation, num_blocks FROM seal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +78,7 @@ class Index:
         self._database: sqlite3.Connection | None = None
         try:
             self._database = _connect(directory)
-        except sqlite3.DatabaseError as error:
+        except _SICK as error:
             logger.warning("%s: the index cannot be used (%s)", directory, error)
 
     def sealed(self, session: int) -> Sealed | None:
@@ -78,20 +87,23 @@ class Index:
             if self._database is None:
                 return None
             try:
-                seals = self._database.execute("SELECT * FROM seal").fetchall()
-                rows = self._database.execute("SELECT * FROM blocks").fetchall()
-            except sqlite3.Error as error:
+                seals = self._database.execute(_SELECT_SEAL).fetchall()
+                rows = self._database.execute(_SELECT_BLOCKS).fetchall()
+            except _SICK as error:
                 self._give_up(error)
                 return None
         blocks = _blocks(rows)
-        expected = [(session, seals[0][1], len(blocks))] if seals else []
-        if not seals or seals != expected or len(blocks) != len(rows):
+        generation = seals[0][1] if seals else None
+        if seals != [(session, generation, len(blocks))] or len(blocks) != len(rows):
             return None
-        return Sealed(blocks, seals[0][1])
+        latest = max((block.generation for block in blocks), default=0)
+        if not isinstance(generation, int) or generation < latest:
+            return None
+        return Sealed(blocks, generation)
 
     def rows(self) -> list[StoredBlock]:
         """All rows whose checksum is right, trusted or not."""
-        return _blocks(self._run("SELECT * FROM blocks"))
+        return _blocks(self._run(_SELECT_BLOCKS))
 
     def replace(self, blocks: Iterable[StoredBlock]) -> None:
         """Start again with a new file and these rows."""
@@ -100,7 +112,7 @@ class Index:
             try:
                 remove_index(self._directory)
                 self._database = _connect(self._directory)
-            except (sqlite3.Error, OSError) as error:
+            except (*_SICK, OSError) as error:
                 self._give_up(error)
         self.put({block.slot: block for block in blocks})
         self.write_out()
@@ -175,7 +187,7 @@ class Index:
                 with self._database:
                     self._database.execute("BEGIN")
                     self._database.executemany(statement, rows)
-            except sqlite3.Error as error:
+            except _SICK as error:
                 self._give_up(error)
             return []
 
@@ -200,9 +212,10 @@ def _connect(directory: Path) -> sqlite3.Connection:
     except OSError as error:
         raise sqlite3.DatabaseError(str(error)) from error
     database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    database.text_factory = bytes  # no column is text, but a damaged one may say so
     try:
         database.executescript(_SCHEMA)
-    except sqlite3.Error:
+    except _SICK:
         database.close()
         raise
     return database

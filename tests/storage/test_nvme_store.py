@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import sqlite3
 import subprocess
 import sys
 import time
@@ -147,7 +148,20 @@ INDEX_DAMAGE: dict[str, Callable[[Path], object]] = {
         index.read_bytes().replace(tokens_of(5), tokens_of(6))
     ),
     "other key": lambda index: index.write_bytes(index.read_bytes().replace(key_of(5), key_of(9))),
+    "no schema": lambda index: index.write_bytes(
+        index.read_bytes().replace(b"TABLE b", b"T\xa0BLE b")
+    ),
+    "no text": lambda index: query(index, "UPDATE blocks SET key = CAST(x'a0' AS TEXT)"),
+    "other columns": lambda index: query(index, "ALTER TABLE seal RENAME generation TO g"),
+    "older seal": lambda index: query(index, "UPDATE seal SET generation = 1"),
+    "no seal": lambda index: query(index, "UPDATE seal SET generation = NULL"),
 }
+
+
+def query(index: Path, statement: str) -> None:
+    with sqlite3.connect(index) as database:
+        database.execute(statement)
+    database.close()
 
 
 def overwrite(path: Path, offset: int, data: bytes) -> None:
