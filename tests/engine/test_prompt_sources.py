@@ -93,3 +93,19 @@ def test_loads_that_fail_are_taken_back_from_the_slowest_tier_first() -> None:
     assert (found.gpu, found.cpu, found.nvme) == (6, 0, 0)
     found.add(PromptSources(1, 2, 3))
     assert (found.gpu, found.cpu, found.nvme) == (7, 2, 3)
+
+
+def test_metrics_count_what_the_outputs_say_where_loads_fail() -> None:
+    core = engine(
+        cpu_blocks=20,
+        nvme_blocks=100,
+        prefetch_policy="none",
+        mover={"failures": 0.2, "is_eager": True, "is_ordered": True},
+    )
+    found = [sources(ask(core, f"{i}", text(20 + i % 5, 12 * BLOCK))) for i in range(60)]
+    counted = core.metrics()
+    failures = sum(counted[f"move_failures_{cause}"] for cause in ("corrupt", "io_error", "lost"))
+    assert failures and counted["hit_tokens"] == sum(map(sum, found))
+    tiers = counted["hit_tokens_cpu"], counted["hit_tokens_nvme"]
+    assert tiers == (sum(cpu for _, cpu, _ in found), sum(nvme for *_, nvme in found))
+    assert min(tiers) > 0

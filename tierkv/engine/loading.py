@@ -11,7 +11,7 @@ from tierkv.cache.lookup import Match, is_partly_loading, loads_by_tier
 from tierkv.cache.tiered_cache import TieredCache
 from tierkv.engine.outputs import PromptSources
 from tierkv.engine.preemption import SchedulingPolicies
-from tierkv.engine.request import SeqState, Sequence
+from tierkv.engine.request import Request, SeqState, Sequence
 from tierkv.metrics import Metrics
 from tierkv.policies.load import LoadView
 from tierkv.protocols import Clock
@@ -92,6 +92,15 @@ class Loader:
         sources.nvme = counts[NVME] * self._cache.block_size
         self._metrics.hit_tokens_cpu += sources.cpu
         self._metrics.hit_tokens_nvme += sources.nvme
+
+    def take_back(self, request: Request, num_tokens: int) -> None:
+        """So many tokens that `note_hits` counted could not be loaded after all."""
+        if (sources := request.prompt_sources) is None:
+            return
+        cpu, nvme = sources.cpu, sources.nvme
+        sources.lose(num_tokens)
+        self._metrics.hit_tokens_cpu -= cpu - sources.cpu
+        self._metrics.hit_tokens_nvme -= nvme - sources.nvme
 
     def _view(self, match: Match) -> LoadView:
         cost, block_size = self._policies.cost, self._cache.block_size

@@ -186,8 +186,7 @@ class Scheduler:
         if not seq.num_generated and not request.num_preemptions and reused < cached:
             self.metrics.hit_tokens -= cached - reused
             request.num_cached_tokens = reused
-            if request.prompt_sources is not None:
-                request.prompt_sources.lose(cached - reused)
+            self._loader.take_back(request, cached - reused)
 
     def _start(self, seq: Sequence) -> None:
         seq.move_to(SeqState.RUNNING)
