@@ -115,6 +115,8 @@ def generate(namespace: argparse.Namespace) -> None:
     """Write a workload."""
     knobs = given(namespace, Workload)
     count, seed = namespace.requests, namespace.seed
+    if count < 1:
+        raise ConfigError("requests", count, "must be at least 1")
     trace = generate_trace(namespace.WORKLOAD, num_requests=count, seed=seed, **knobs)
     write_trace(trace, namespace.out)
     print(f"{namespace.out}: {count:,} requests of {namespace.WORKLOAD}, seed {seed}")
