@@ -94,9 +94,16 @@ def _find(kind: str, name: str) -> Callable[..., Any]:
         return factory
     third_party = _third_party(kind)
     if name in third_party:
-        loaded: Callable[..., Any] = third_party[name].load()
-        return loaded
+        return _load(third_party[name])
     raise ValueError(f"unknown {kind} policy {name!r}: choose one of {', '.join(known(kind))}")
+
+
+def _load(point: Any) -> Callable[..., Any]:
+    try:
+        loaded: Callable[..., Any] = point.load()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{point.name} is {point.value}, which cannot be had: {error}") from error
+    return loaded
 
 
 def _third_party(kind: str) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def test_generate_writes_what_the_generator_makes(tmp_path: Path) -> None:
         (["convert", "{m}"], 2, "--out"),
         (["generate", "poems", "-o", "x"], 2, "chat"),
         (["generate", "chat", "--turns", "0", "-o", "x"], 2, "--turns 0.0: must be from 1"),
-        (["generate", "chat", "--requests", "0", "-o", "x"], 2, "tierkv: error: --requests 0: must"),
+        (["generate", "chat", "--requests", "0", "-o", "x"], 2, "error: --requests 0: must"),
         (["generate", "chat", "-o", "{m}/x"], 2, "cannot be written"),
         (["record", "--duration", "0", "-o", "x"], 2, "--duration 0.0"),
         (["record", "--url", "http://127.0.0.1:1", "-o", "{m}.new"], 1, "no answer from"),

@@ -26,3 +26,13 @@ def test_third_party_policies_come_by_entry_point(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(registry, "entry_points", lambda group: [point])
     assert registry.known("eviction")[-1] == "mine"
     assert isinstance(registry.create("eviction", "mine"), LruPolicy)
+
+
+@pytest.mark.parametrize("value", ["no_such_module:Policy", "tierkv.policies.lru:NoPolicy"])
+def test_a_third_party_policy_that_is_not_there(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = EntryPoint("eviction.mine", value, "tierkv.policies")
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    with pytest.raises(ValueError, match=f"eviction.mine is {value}, which cannot be had"):
+        registry.create("eviction", "mine")
