@@ -10,6 +10,7 @@ wrote, shows.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,15 @@ from tierkv.types import BlockCopy, RowResult, SampledToken, TierName
 BLOCK = 4
 LAYOUT = KVLayout(1, 1, 2, BLOCK, "float16")  # K and V of a position: 8 bytes
 NUM_BLOCKS, NUM_ARENA, NUM_STORE = 34, 60, 200
+
+CROWDED: dict[str, Any] = {
+    "max_num_seqs": 3,
+    "load_policy": "load",
+    "oversubscribe": False,
+    "async_scheduling": True,
+}
+"""Few seats: whoever ends makes room for one that is loaded into its slots, while its last row is
+still to run."""
 
 
 @dataclass(slots=True)
@@ -83,6 +93,7 @@ class Late:
 
     def results(self) -> list[RowResult]:
         assert self.event is not None
+        time.sleep(0.001)  # copies that do not wait are done first
         self.gpu.open(self.gate)
         self.gpu.synchronize(self.event)
         return [RowResult([SampledToken(t) for t in tokens]) for tokens in self.drawn]
@@ -155,21 +166,22 @@ class GpuLedger:
         """Kernels that were launched may still want it."""
 
 
-def make_engine(rng: random.Random, gpu: FakeGpu, ledger: GpuLedger) -> EngineCore:
-    """Over a CPU tier, and sometimes a store that forgets at the end."""
+def make_engine(rng: random.Random, gpu: FakeGpu, ledger: GpuLedger, **fixed: Any) -> EngineCore:
+    """Over a CPU tier, and sometimes a store that forgets at the end; some options are fixed."""
     has_store = rng.random() < 0.5
     capacities = {TierName.CPU: NUM_ARENA, **({TierName.NVME: NUM_STORE} if has_store else {})}
-    config = EngineConfig(
-        block_size=BLOCK,
-        offload=",".join(tier.value for tier in capacities),
-        max_num_batched_tokens=rng.choice([8, 32]),
-        max_num_seqs=rng.choice([4, 16]),
-        preemption_mode=rng.choice(["swap", "recompute", "auto"]),
-        load_policy=rng.choice(["load", "split"]),
-        oversubscribe=rng.random() < 0.5,
-        time_slice=2,
-        async_scheduling=rng.random() < 0.8,
-    )
+    options = {
+        "block_size": BLOCK,
+        "offload": ",".join(tier.value for tier in capacities),
+        "max_num_batched_tokens": rng.choice([8, 32]),
+        "max_num_seqs": rng.choice([4, 16]),
+        "preemption_mode": rng.choice(["swap", "recompute", "auto"]),
+        "load_policy": rng.choice(["load", "split"]),
+        "oversubscribe": rng.random() < 0.5,
+        "time_slice": 2,
+        "async_scheduling": rng.random() < 0.8,
+    }
+    config = EngineConfig.from_mapping({**options, **fixed})
     arena = HostArena(NUM_ARENA, LAYOUT.block_bytes)
     store = MemStore(NUM_STORE, LAYOUT.slot_bytes) if has_store else None
     mover = CudaMover(
@@ -195,8 +207,9 @@ def make_engine(rng: random.Random, gpu: FakeGpu, ledger: GpuLedger) -> EngineCo
     return EngineCore(config, info, ledger, ledger, MonotonicClock(), tiers)
 
 
-def play(core: EngineCore, rng: random.Random) -> None:
-    """Conversations that come back and strangers, some of which stop early or are aborted."""
+def play(core: EngineCore, rng: random.Random, most_between: int) -> None:
+    """Conversations that come back and strangers, some of which stop early or are aborted; a new
+    one after at most so many steps."""
     prefixes = [[rng.randrange(VOCAB) for _ in range(30)] for _ in range(4)]
     asked: dict[str, tuple[list[int], int, int, int | None]] = {}
     got: dict[tuple[str, int], list[int]] = {}
@@ -209,7 +222,7 @@ def play(core: EngineCore, rng: random.Random) -> None:
         params = SamplingParams(max_tokens=count, n=n, stop_token_ids=[stop] if stop else [])
         core.add_request(EngineRequest(name, prompt, params))
         asked[name] = prompt, count, n, stop
-        for _ in range(rng.randint(0, 4)):
+        for _ in range(rng.randint(0, most_between)):
             take(core, got)
         if rng.random() < 0.15 and (live := list(core.scheduler.requests)):
             aborted.add(rng.choice(live))
@@ -240,14 +253,14 @@ class Outcome:
     metrics: dict[str, Any]
 
 
-def run_history(seed: int) -> Outcome:
+def run_history(seed: int, most_between: int = 4, **fixed: Any) -> Outcome:
     """Play one; right tokens or an AssertionError."""
     rng = random.Random(seed)
     gpu = FakeGpu(seed)
     ledger = GpuLedger(gpu)
-    core = make_engine(rng, gpu, ledger)
+    core = make_engine(rng, gpu, ledger, **fixed)
     try:
-        play(core, rng)
+        play(core, rng, most_between)
         return Outcome(ledger.wrong, ledger.num_late, core.metrics())
     finally:
         core.close()
@@ -261,9 +274,9 @@ def seeds() -> Iterator[int]:
 
 def test_every_forward_reads_its_own_sequence(seeds: Iterator[int]) -> None:
     num_late = num_up = num_swaps = 0
-    for _ in range(12):
+    for number in range(10):
         seed = next(seeds)
-        outcome = run_history(seed)
+        outcome = run_history(seed, 0, **CROWDED) if number % 2 else run_history(seed)
         assert outcome.wrong == [], f"seed {seed}"
         num_late += outcome.num_late
         num_up += outcome.metrics["moved_bytes_cpu_gpu"]
@@ -271,7 +284,6 @@ def test_every_forward_reads_its_own_sequence(seeds: Iterator[int]) -> None:
     assert num_late > 100 and num_up > 0 and num_swaps > 0
 
 
-@pytest.mark.full
 def test_without_waits_some_forward_reads_something_else(
     seeds: Iterator[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,7 +291,7 @@ def test_without_waits_some_forward_reads_something_else(
     monkeypatch.setattr(FakeGpu, "wait", lambda gpu, stream, event: None)
     for _ in range(60):
         try:
-            if run_history(next(seeds)).wrong:
+            if run_history(next(seeds), 0, **CROWDED).wrong:
                 return
         except AssertionError:
             return
