@@ -285,6 +285,7 @@ def test_what_the_page_computes(browser: Any, busy_server: str) -> None:
 # ---------------------------------------------------------------------- without load
 
 
+@pytest.mark.full
 def test_the_key_is_asked_for_and_kept_for_the_tab_only(browser: Any, servable: Path) -> None:
     with running_server(str(servable), *SMALL, "--api-key", "open sesame") as server:
         context = browser.new_context()
@@ -308,6 +309,7 @@ def test_the_key_is_asked_for_and_kept_for_the_tab_only(browser: Any, servable: 
         context.close()
 
 
+@pytest.mark.full
 def test_a_lost_connection_is_told_and_mended(browser: Any, servable: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])

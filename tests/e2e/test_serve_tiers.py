@@ -75,6 +75,7 @@ def test_a_prompt_outlives_the_server(kv_directory: Path) -> None:
         stop(server)
 
 
+@pytest.mark.full
 def test_servers_beside_one_another(kv_directory: Path) -> None:
     """The second goes without the store, and says so, unless it was told to have it."""
     with running_server("demo") as first:
