@@ -181,6 +181,23 @@ def test_an_abort_while_a_step_is_under_way(servable: Path) -> None:
     core.close()
 
 
+def test_a_stopped_sequence_says_nothing_more(servable: Path) -> None:
+    """Also when its next token had been read already, for a call between two steps."""
+    config = EngineConfig(model=str(servable), **OPTIONS, num_gpu_blocks=34, async_scheduling=True)
+    core = EngineCore.from_config(config)
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    for name in ("stopped", "other"):
+        core.add_request(EngineRequest(name, list(range(20)), params))
+    for _ in range(6):
+        core.step()
+    assert core.steps.is_busy
+    assert not core.reset_prefix_cache()
+    core.stop_sequence("stopped", 0)
+    said = [output.request_id for output in core.step()]
+    assert said and set(said) == {"other"}
+    core.close()
+
+
 def test_with_tensor_parallelism_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="async_scheduling"):
         EngineConfig(async_scheduling=True, tensor_parallel_size=2)

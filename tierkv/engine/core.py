@@ -346,6 +346,8 @@ class EngineCore:
         for seq in request.sequences if request else []:
             if seq.index == index and seq.state is not SeqState.FINISHED:
                 self.scheduler.finish_sequence(seq, FinishReason.STOP)
+        stopped = request_id, index
+        self._outbox = [o for o in self._outbox if (o.request_id, o.index) != stopped]
         self._forget_finished()
 
     # ------------------------------------------------------------------ stepped requests
