@@ -335,6 +335,8 @@ class EngineCore:
 
     def abort(self, request_ids: list[str]) -> None:
         """End requests now; blocks are free on return, outputs follow with the next step."""
+        gone = set(request_ids)  # what waits to be said of them is not, but that a sequence ended
+        self._outbox = [o for o in self._outbox if o.finish_reason or o.request_id not in gone]
         for request_id in request_ids:
             for seq in self.scheduler.finish_request(request_id, FinishReason.ABORT):
                 self._outbox.append(self.scheduler.final_output(seq))
