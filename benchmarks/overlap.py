@@ -44,10 +44,6 @@ class Timed:
     inner: UnreadTokens
     ready_s: float
 
-    @property
-    def is_known(self) -> bool:
-        return False
-
     def results(self) -> list[RowResult]:
         while (left := self.ready_s - time.perf_counter()) > 0:
             time.sleep(left / 2 if left > 2e-4 else 0)

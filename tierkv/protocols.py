@@ -59,11 +59,6 @@ class Workers(Protocol):
 class Drawn(Protocol):
     """What was drawn for a step; its values may still be on their way from the device."""
 
-    @property
-    def is_known(self) -> bool:
-        """The host has them already."""
-        ...
-
     def results(self) -> list[RowResult]:
         """One per row of the plan, in order; waits for the device. Called once."""
         ...

@@ -142,11 +142,9 @@ class GivenResults:
 
     Attributes:
         rows: one per row of the plan, in order.
-        is_known: False has them read as late as those of a device.
     """
 
     rows: list[RowResult]
-    is_known: bool = True
 
     def results(self) -> list[RowResult]:
         """All rows."""

@@ -87,10 +87,6 @@ class Late:
     drawn: list[list[int]] = field(default_factory=list)
     event: FakeEvent | None = None
 
-    @property
-    def is_known(self) -> bool:
-        return False
-
     def results(self) -> list[RowResult]:
         assert self.event is not None
         time.sleep(0.001)  # copies that do not wait are done first

@@ -99,7 +99,7 @@ class Ledger:
 
     def draw(self, logits: list[int], plan: Plan) -> GivenResults:
         rows = [self._sample_row(s, row) for s, row in zip(logits, plan.rows, strict=True)]
-        return GivenResults(rows, is_known=False)
+        return GivenResults(rows)
 
     def _sample_row(self, state: int, row: PlanRow) -> RowResult:
         tokens = [next_token(state, row.seq.index + i) for i in range(row.num_samples)]

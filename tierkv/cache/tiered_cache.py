@@ -321,9 +321,9 @@ class TieredCache:
         """Others hold the block too, or somebody who shared it has filled and published it."""
         index, used = divmod(seq.num_computed, self.block_size)
         tail = seq.blocks[index] if used and index < len(seq.blocks) else None
-        if tail is None or (tail.pins == 1 and not tail.in_tree):
+        if tail is None:
             return False
-        return tail.in_tree or tail.pins - self.copies.num_from(tail) > 1
+        return tail.in_tree or (tail.pins > 1 and tail.pins - self.copies.num_from(tail) > 1)
 
     def _append(self, seq: BlockHolder) -> Block:
         block = self.pool.new_block(len(seq.blocks), seq.owner)

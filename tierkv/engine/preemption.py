@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tierkv.cache.tiered_cache import TieredCache
@@ -72,7 +73,9 @@ class Preemptor:
         """The next plan is about to take somebody out: for room, or because others want their
         turn. With a step under way it could only drop what it takes; after that step it may swap,
         or need not do it at all."""
-        return self._is_crowded() or bool(self.is_turn_wanted and self._longest(self._running))
+        return self._is_crowded() or bool(
+            self.is_turn_wanted and self._longest(self._running.values())
+        )
 
     def make_room(self) -> None:
         """Preempt until every decoding sequence can get its block, and someone can progress."""
@@ -117,18 +120,18 @@ class Preemptor:
         Called before a step is planned, while no row of a victim can be part of one.
         """
         is_wanted, self.is_turn_wanted = self.is_turn_wanted, False
-        settled = {i: s for i, s in self._running.items() if not s.num_uncommitted}
+        settled = [seq for seq in self._running.values() if not seq.num_uncommitted]
         longest = self._longest(settled) if is_wanted else None
         if longest is not None:
             longest.queued_s = self._clock.now()  # behind those that wait already
             self.preempt(longest, Mode.SWAP)
 
-    def _longest(self, sequences: dict[int, Sequence]) -> Sequence | None:
+    def _longest(self, sequences: Iterable[Sequence]) -> Sequence | None:
         """Who has had most of its turn, if that was a time slice or more."""
         least = self._policies.time_slice
         if least is None or len(self._running) < 2:
             return None
-        had = [s for s in sequences.values() if not s.load_tokens]
+        had = [seq for seq in sequences if not seq.load_tokens]
         longest = max(had, key=_turn, default=None)
         return longest if longest is not None and _turn(longest) >= least else None
 

@@ -51,10 +51,6 @@ class UnreadTokens:
         self._numbers, self._find_places, self._fill = numbers, find_places, fill
         self._copy = HostCopy(numbers)
 
-    @property
-    def is_known(self) -> bool:
-        return False
-
     def results(self) -> list[RowResult]:
         """One per row of the plan; waits for the device."""
         return self._fill(self._copy.read())

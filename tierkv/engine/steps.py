@@ -40,6 +40,7 @@ class Steps:
 
     Attributes:
         executor: may be wrapped between two steps.
+        is_overlapped: may be changed between two steps.
     """
 
     def __init__(
@@ -73,9 +74,8 @@ class Steps:
         logits = self.executor.run(plan)
         self._scheduler.note_launched()
         outputs = self.settle()
-        drawn = self._sampler.draw(logits, plan)
-        self._launched = _Launched(plan, drawn, start_s)
-        if drawn.is_known or not self.is_overlapped:
+        self._launched = _Launched(plan, self._sampler.draw(logits, plan), start_s)
+        if not self.is_overlapped:
             outputs += self.settle()
         return outputs
 

@@ -188,7 +188,7 @@ class Contents:
     def draw(self, logits: list[int], plan: Plan) -> GivenResults:
         """One result per row; an overlapped engine reads them a step later."""
         rows = [self._draw(state, row) for state, row in zip(logits, plan.rows, strict=True)]
-        return GivenResults(rows, is_known=False)
+        return GivenResults(rows)
 
     def _draw(self, state: int, row: PlanRow) -> RowResult:
         best = None
