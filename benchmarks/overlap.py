@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from common.runs import parse, parser, print_table, write
-from scheduler_overhead import prompt
+from scheduler_overhead import make_engine, prompt
 from torch import Tensor
 
-from tierkv.config import EngineConfig
-from tierkv.engine.core import EngineCore, EngineInfo, EngineRequest, MonotonicClock
+from tierkv.engine.core import EngineRequest
 from tierkv.engine.plan import Plan
 from tierkv.engine.sampler import TorchSampler
 from tierkv.engine.sampler_unread import UnreadTokens
@@ -87,22 +86,11 @@ class PacedDevice:
 def measure(num_seqs: int, device_ms: float, steps: int, *, is_overlapped: bool) -> list[float]:
     """Milliseconds of each decode step beyond the device's."""
     length = CONTEXT + steps + 64
-    info = EngineInfo(
-        model="none",
-        tokenizer="",
-        max_model_len=length,
-        vocab_size=VOCAB,
-        eos_token_ids=[],
-        num_gpu_blocks=num_seqs * (length // BLOCK_SIZE + 2),
-        block_size=BLOCK_SIZE,
-        dtype="float32",
-        device="cpu",
-    )
     device = PacedDevice(num_seqs, length, device_ms / 1e3)
-    config = EngineConfig(
-        max_num_batched_tokens=8192, max_num_seqs=num_seqs, async_scheduling=is_overlapped
+    num_blocks = num_seqs * (length // BLOCK_SIZE + 2)
+    core = make_engine(
+        num_blocks, length, device, max_num_seqs=num_seqs, async_scheduling=is_overlapped
     )
-    core = EngineCore(config, info, device, device, MonotonicClock())
     params = SamplingParams(temperature=0.0, max_tokens=steps + 32, ignore_eos=True)
     for i in range(num_seqs):
         tokens = [token % VOCAB for token in prompt(CONTEXT, i)]

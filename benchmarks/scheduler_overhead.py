@@ -16,6 +16,7 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from tierkv.config import EngineConfig
 from tierkv.engine.core import EngineCore, EngineInfo, EngineRequest, MonotonicClock
@@ -39,9 +40,11 @@ class InstantExecutor:
         pass
 
 
-def make_engine(num_blocks: int, max_model_len: int) -> EngineCore:
-    """An engine core of block size 16 without a model."""
-    config = EngineConfig(max_num_batched_tokens=8192)
+def make_engine(
+    num_blocks: int, max_model_len: int, device: Any = None, **options: Any
+) -> EngineCore:
+    """An engine core of block size 16 without a model; `device` is its executor and sampler."""
+    config = EngineConfig.from_mapping({"max_num_batched_tokens": 8192, **options})
     info = EngineInfo(
         model="none",
         tokenizer="",
@@ -53,8 +56,8 @@ def make_engine(num_blocks: int, max_model_len: int) -> EngineCore:
         dtype="float32",
         device="cpu",
     )
-    executor = InstantExecutor()
-    return EngineCore(config, info, executor, executor, MonotonicClock())
+    device = device or InstantExecutor()
+    return EngineCore(config, info, device, device, MonotonicClock())
 
 
 def prompt(length: int, seed: int) -> list[int]:

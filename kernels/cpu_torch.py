@@ -305,16 +305,3 @@ def _explicit(
     scores = scores + mask
     lse = scores.logsumexp(-1)
     return torch.exp(scores - lse[..., None]).nan_to_num_(0.0) @ v.float(), lse
-
-
-def widen_nuclei(
-    logits: Tensor, best: Tensor, mass: Tensor, is_open: Tensor, floor: Tensor
-) -> None:
-    """See `ops.widen_nuclei`; sorts the rows that are open."""
-    rows = is_open.nonzero().squeeze(1)
-    ordered = logits[rows].sort(-1, descending=True).values
-    reached = (ordered - best[rows, None]).exp().cumsum(-1, dtype=torch.float64)
-    num_kept = 1 + (reached[:, :-1] < mass[rows, None]).sum(-1, keepdim=True)
-    found = ordered.gather(1, num_kept - 1).squeeze(1)
-    lowest = torch.finfo(floor.dtype).min
-    floor[rows] = torch.where(reached[:, -1] < mass[rows], lowest, found)

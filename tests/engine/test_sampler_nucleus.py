@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from typing import Any
 
@@ -18,15 +17,6 @@ from tierkv.engine.sampling_params import SamplingParams
 
 VOCAB = 3000
 CANDIDATES = 64
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    """A generator with a fresh seed, which a failing test shows."""
-    seed = int.from_bytes(os.urandom(4), "little")
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
 
 
 def edge_free_top_p(row: Tensor, rng: random.Random, params: SamplingParams) -> float:

@@ -365,3 +365,27 @@ def test_a_tail_that_its_parent_has_filled_is_copied() -> None:
     while core.has_work:
         found += [t for o in core.step() if o.request_id == "again" for t in o.new_token_ids]
     assert found == expected_tokens([*again, 7], 3)
+
+
+def test_a_sequence_that_was_stopped_says_nothing_more() -> None:
+    """Also where its next token has been read already, for a call between two steps."""
+    core, _, _ = ledger_engine(async_scheduling=True)
+    add(core, "stopped", prompt_of(9, 1), 30)
+    add(core, "other", prompt_of(9, 2), 30)
+    for _ in range(4):
+        core.step()
+    assert core.steps.is_busy and not core.reset_prefix_cache()
+    core.stop_sequence("stopped", 0)
+    assert [output.request_id for output in core.step()] == ["other"]
+
+
+def test_of_an_aborted_request_only_its_end_is_said() -> None:
+    """Not what its caller could choose from, which has been read already."""
+    core, _, _ = ledger_engine(async_scheduling=True)
+    params = SamplingParams(max_tokens=5, logprobs=4)
+    core.add_request(EngineRequest("search", prompt_of(9), params, is_stepped=True))
+    core.step()
+    assert core.steps.is_busy and not core.reset_prefix_cache()
+    core.abort(["search"])
+    assert [output.finish_reason for output in core.step()] == [FinishReason.ABORT]
+    assert not core.has_work

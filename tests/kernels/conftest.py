@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,15 +31,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     ops.set_backend(request.param)
     yield request.param
     ops.set_backend("auto")
-
-
-@pytest.fixture
-def rng() -> random.Random:
-    """A generator with a fresh seed, which a failing test shows."""
-    seed = int.from_bytes(os.urandom(4), "little")
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
 
 
 @dataclass

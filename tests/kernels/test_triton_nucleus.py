@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from triton_steps import DEVICE, on_device
 
-from tierkv.kernels import cpu_torch, reference
+from tierkv.kernels import reference
 from tierkv.kernels.triton import nucleus
 
 LOWEST = torch.finfo(torch.float32).min
@@ -72,29 +72,17 @@ def triton_floor(
     return found.cpu()
 
 
-def torch_floor(
-    logits: Tensor, best: Tensor, mass: Tensor, is_open: Tensor, floor: Tensor
-) -> Tensor:
-    found = floor.clone()
-    cpu_torch.widen_nuclei(logits, best, mass, is_open, found)
-    return found
-
-
 def oracle(logits: Tensor, best: Tensor, mass: Tensor, is_open: Tensor, floor: Tensor) -> Tensor:
     found = floor.clone()
     reference.widen_nuclei(logits, best, mass, is_open, found)
     return found
 
 
-IMPLEMENTATIONS = pytest.mark.parametrize("find", [triton_floor, torch_floor])
-
-
-@IMPLEMENTATIONS
 @pytest.mark.parametrize("vocab", [1, 7, 1000, 4096, 32003, pytest.param(128_256, marks=full)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_floors(find, kind, vocab, rng) -> None:
+def test_floors(kind, vocab, rng) -> None:
     logits, best, mass, is_open, floor = problem(rng, kind, vocab)
-    found = find(logits, best, mass, is_open, floor)
+    found = triton_floor(logits, best, mass, is_open, floor)
     assert torch.equal(found[~is_open], floor[~is_open])
     low = oracle(logits, best, mass * (1 + MARGIN), is_open, floor)[is_open]
     high = oracle(logits, best, mass * (1 - MARGIN), is_open, floor)[is_open]
@@ -103,9 +91,8 @@ def test_floors(find, kind, vocab, rng) -> None:
     assert ((found == LOWEST) | (logits == found[:, None]).any(-1)).all()
 
 
-@IMPLEMENTATIONS
 @pytest.mark.parametrize("vocab", [1000, 32003])
-def test_between_two_sums_nothing_is_left_to_rounding(find, vocab, rng) -> None:
+def test_between_two_sums_nothing_is_left_to_rounding(vocab, rng) -> None:
     """Mass halfway up a step of the sum: the floor is the step's logit, and all its ties."""
     logits = torch.randn(1, vocab) * 2
     logits[0, rng.sample(range(vocab), vocab // 9)] = float(logits[0].topk(vocab // 4).values[-1])
@@ -116,11 +103,11 @@ def test_between_two_sums_nothing_is_left_to_rounding(find, vocab, rng) -> None:
     equal = (ordered[ordered == ordered[at]].double() - best).exp().sum()
     mass = (above + equal / 2).float()[None]
     for start in (best, ordered[at][None], ordered[at // 2][None]):
-        found = find(logits, best, mass, torch.tensor([True]), start)
+        found = triton_floor(logits, best, mass, torch.tensor([True]), start)
         assert found == ordered[at]
 
 
-@pytest.mark.parametrize("find", [triton_floor, torch_floor, oracle])
+@pytest.mark.parametrize("find", [triton_floor, oracle])
 @pytest.mark.parametrize("num_best", [1, 8, 1000])
 def test_a_mass_that_is_reached_exactly_is_enough(find, num_best, rng) -> None:
     """Weights of 1 and of nothing: the last 1 completes the mass, and no other token is kept."""
@@ -131,11 +118,10 @@ def test_a_mass_that_is_reached_exactly_is_enough(find, num_best, rng) -> None:
         assert find(logits, *arguments, torch.tensor([start])) == 0.0
 
 
-@IMPLEMENTATIONS
-def test_where_all_logits_have_too_little_mass_all_are_kept(find, rng) -> None:
+def test_where_all_logits_have_too_little_mass_all_are_kept(rng) -> None:
     logits, best, mass, is_open, floor = problem(rng, "masked", 1000)
     for total in (mass * 100, mass * torch.inf):
-        found = find(logits, best, total, is_open, floor)
+        found = triton_floor(logits, best, total, is_open, floor)
         assert (found[is_open] == LOWEST).all()
 
 

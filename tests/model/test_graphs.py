@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_tokens import generated
 from model_steps import load_tiny, make_runner, make_sequence, random_texts
 from tiny_models import FAMILIES, VOCAB_SIZE, save_model
 from torch import Tensor
 
 from tierkv.config import EngineConfig
-from tierkv.engine.core import EngineCore, EngineRequest
+from tierkv.engine.core import EngineCore
 from tierkv.engine.plan import Plan, PlanRow
 from tierkv.engine.request import Sequence
-from tierkv.engine.sampling_params import SamplingParams
 from tierkv.model.graphs import PlainBackend, batch_sizes
 from tierkv.model.loaded import LoadedModel
 from tierkv.model.runner import ModelRunner
@@ -232,18 +232,6 @@ def test_an_engine_generates_the_same_tokens(tmp_path: Path, options: dict[str, 
         core = EngineCore.from_config(config)
         if is_captured:
             core.steps.executor.capture((1, 2, 4, 8), 120, PlainBackend())  # type: ignore[attr-defined]
-        found.append(generated(core, texts))
+        found.append(generated(core, texts, num_tokens=24))
         core.close()
     assert found[0] == found[1]
-
-
-def generated(core: EngineCore, texts: list[list[int]]) -> dict[str, list[int]]:
-    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
-    tokens: dict[str, list[int]] = {str(n): [] for n in range(len(texts))}
-    for number, text in enumerate(texts):
-        core.add_request(EngineRequest(str(number), text, params))
-    while core.has_work:
-        for output in core.step():
-            tokens[output.request_id] += output.new_token_ids
-    assert all(len(ids) == 24 for ids in tokens.values())
-    return tokens

@@ -73,9 +73,8 @@ class Preemptor:
         """The next plan is about to take somebody out: for room, or because others want their
         turn. With a step under way it could only drop what it takes; after that step it may swap,
         or need not do it at all."""
-        return self._is_crowded() or bool(
-            self.is_turn_wanted and self._longest(self._running.values())
-        )
+        longest = self._longest(self._running.values()) if self.is_turn_wanted else None
+        return longest is not None or self._is_crowded()
 
     def make_room(self) -> None:
         """Preempt until every decoding sequence can get its block, and someone can progress."""
